@@ -1,0 +1,205 @@
+"""The bank: LoRA layers with a leading prompts dimension, trained side by side in one forward pass.
+
+All A and B of a bank are views of one float32 buffer `(prompts, numbers)`, and their gradients views
+of another. So the optimizer, L2 and anything done per prompt are a handful of operations on one
+tensor, however many layers there are; and layers whose component is not loaded are stepped by exactly
+the same arithmetic as all others.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lora_forge.contracts import LoraWeights, TargetLayer
+from lora_forge.errors import ModelError
+
+
+class Pair(NamedTuple):
+    """One layer's matrices: A `(prompts, rank, in)`, B `(prompts, out, rank)`, leaves with gradients."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+
+
+class Bank:
+    """LoRA weights of `prompts` prompts over the same target layers.
+
+    rank, alpha: the same for every layer; ΔW = alpha / rank · B @ A.
+    parameter: `(prompts, numbers)` float32, the buffer that all pairs are views of; so is its gradient.
+    """
+
+    def __init__(
+        self, layers: Sequence[TargetLayer], *, rank: int, alpha: float, prompts: int, device: str = "cpu"
+    ) -> None:
+        self.layers = {layer.key: layer for layer in layers}
+        self.rank, self.alpha, self.prompts = rank, alpha, prompts
+        self.scale = alpha / rank
+        numbers = sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+        self.parameter = nn.Parameter(torch.zeros(prompts, numbers, device=device))
+        self.parameter.grad = torch.zeros_like(self.parameter)
+        self.pairs: dict[tuple[str, str], Pair] = {}
+        start = 0
+        for layer in layers:
+            lora_a, start = self._view(start, rank, layer.in_features)
+            lora_b, start = self._view(start, layer.out_features, rank)
+            self.pairs[layer.key] = Pair(lora_a, lora_b)
+
+    def _view(self, start: int, rows: int, columns: int) -> tuple[torch.Tensor, int]:
+        stop = start + rows * columns
+        shape = (self.prompts, rows, columns)
+        view = self.parameter.data[:, start:stop].view(shape).requires_grad_()
+        assert self.parameter.grad is not None
+        view.grad = self.parameter.grad[:, start:stop].view(shape)
+        return view, stop
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """`(prompts, numbers)`, the buffer that every pair's gradient is a view of."""
+        assert self.parameter.grad is not None
+        return self.parameter.grad
+
+    def fill(self, weights: LoraWeights) -> None:
+        """Copy LoRA weights in (shapes as the pairs'), and check that they arrived.
+
+        Raises ModelError naming a layer that is missing, has another shape, or is not finite.
+        """
+        with torch.no_grad():
+            for (component, layer), pair in self.pairs.items():
+                given = weights.get(component, {}).get(layer)
+                if given is None:
+                    raise ModelError(f"no initial weights for {component}.{layer}")
+                for name, target in pair._asdict().items():
+                    value = given[name]
+                    if value.shape != target.shape:
+                        raise ModelError(
+                            f"initial {name} of {component}.{layer} has shape {tuple(value.shape)}, "
+                            f"expected {tuple(target.shape)}"
+                        )
+                    target.copy_(value)
+        if not bool(self.parameter.isfinite().all()):
+            raise ModelError("initial weights are not finite")
+
+    def zero_gradient(self) -> None:
+        self.gradient.zero_()
+
+    def add_l2(self, strength: float) -> torch.Tensor:
+        """L2 of each prompt, `strength · sum(p²)`, shape `(prompts,)`; its gradient is added to the bank's.
+
+        The gradient `2 · strength · p` is added in one operation instead of through autograd.
+        """
+        with torch.no_grad():
+            self.gradient.add_(self.parameter, alpha=2 * strength)
+        return self.l2(strength)
+
+    def l2(self, strength: float) -> torch.Tensor:
+        """L2 of each prompt, shape `(prompts,)`."""
+        return strength * self.parameter.detach().square().sum(dim=1)
+
+    def weights(self, prompt: int) -> LoraWeights:
+        """One prompt's LoRA weights, without the prompts dimension, copied to the CPU."""
+        result: LoraWeights = {}
+        for (component, layer), pair in self.pairs.items():
+            result.setdefault(component, {})[layer] = {
+                name: tensor.detach()[prompt].to("cpu", copy=True) for name, tensor in pair._asdict().items()
+            }
+        return result
+
+    def rows(self, prompt: int) -> list[nn.Parameter]:
+        """One prompt's matrices as parameters of their own (views), for optimizers that are not elementwise."""
+        parameters = []
+        for pair in self.pairs.values():
+            for tensor in pair:
+                assert tensor.grad is not None
+                row = nn.Parameter(tensor.detach()[prompt])
+                row.grad = tensor.grad[prompt]
+                parameters.append(row)
+        return parameters
+
+    def scale_result(self, factors: torch.Tensor) -> None:
+        """Multiply each prompt's ΔW by a factor, shape `(prompts,)`, by scaling its B."""
+        with torch.no_grad():
+            for pair in self.pairs.values():
+                pair.lora_B.mul_(factors.to(pair.lora_B.device).view(-1, 1, 1))
+
+    def delta_norms(self) -> dict[tuple[str, str], torch.Tensor]:
+        """Frobenius norm of each layer's ΔW, `(prompts,)`, from the two r × r Gram matrices."""
+        norms = {}
+        with torch.no_grad():
+            for key, pair in self.pairs.items():
+                a, b = pair.lora_A.double(), pair.lora_B.double()
+                squared = ((a @ a.transpose(1, 2)) * (b.transpose(1, 2) @ b)).sum(dim=(1, 2))
+                norms[key] = self.scale * squared.clamp_min(0).sqrt()
+        return norms
+
+
+class BankSlot:
+    """Where injected layers find the bank of the moment; without one, or frozen, they add nothing."""
+
+    def __init__(self) -> None:
+        self.bank: Bank | None = None
+        self.active = True
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within this, the model is the frozen one."""
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
+
+
+class BankLinear(nn.Module):
+    """A frozen linear layer plus each prompt's own low-rank term.
+
+    Rows come in prompts-major order: the first dimension of the input is `prompts · k`. The low-rank
+    term is computed in float32 and added in the layer's own dtype, as PEFT does.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **_: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.slot = BankSlot()
+        self.key = ("", "")
+
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer; PEFT puts it back by this name."""
+        return self.base_layer
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.base_layer(hidden)
+        bank = self.slot.bank
+        if bank is None or not self.slot.active:
+            return result
+        lora_a, lora_b = bank.pairs[self.key]
+        rows = hidden.reshape(bank.prompts, -1, hidden.shape[-1]).float()
+        delta = torch.bmm(torch.bmm(rows, lora_a.transpose(1, 2)), lora_b.transpose(1, 2)) * bank.scale
+        return result + delta.view(result.shape).to(result.dtype)
+
+
+def inject(model: nn.Module, names: Mapping[str, tuple[str, str]], rank: int, alpha: float, slot: BankSlot) -> Any:
+    """Have PEFT put a `BankLinear` in place of each named linear layer of a frozen model.
+
+    names: the module path in this model, to the key of its pair in the bank.
+    Returns the PeftModel; its `unload()` restores the layers. Raises ModelError if a layer is not a
+    plain linear layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names))
+    config._register_custom_module({nn.Linear: BankLinear})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for an attribute by its old name
+        adapted = get_peft_model(model, config)
+    for name, key in names.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, BankLinear):
+            raise ModelError(f"{key[0]}.{key[1]} is a {type(layer).__name__}, not a plain linear layer")
+        layer.slot, layer.key = slot, key
+    return adapted

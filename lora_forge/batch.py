@@ -1,0 +1,145 @@
+"""What a loss sees: one object through which the model's outputs are asked for, never the model.
+
+A `ModelView` runs the model, at most once per step for each thing asked of the adapted model and once
+per run for each thing asked of the frozen one. A `Batch` is a loss's own window on it, which allows
+what the loss declares it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+from lora_forge.bank import BankSlot
+from lora_forge.contracts import Backend, EncoderOutput, Tokens
+from lora_forge.errors import UndeclaredNeed
+
+Texts = tuple[tuple[str, tuple[str, ...]], ...]  # ((encoder, one text per prompt), …)
+
+
+class ModelView:
+    """Runs the adapted and the frozen model on texts, and remembers what it has run.
+
+    texts: for each encoder in use, one text per prompt.
+    """
+
+    def __init__(self, backend: Backend, slot: BankSlot, texts: Mapping[str, Sequence[str]]) -> None:
+        self.backend, self.slot = backend, slot
+        self.encoders = tuple(texts)
+        self.texts: Texts = tuple((encoder, tuple(rows)) for encoder, rows in texts.items())
+        self.prompts = len(next(iter(texts.values()))) if texts else 0
+        self._tokens: dict[tuple[str, tuple[str, ...]], Tokens] = {}
+        self._adapted: dict[tuple[Texts, bool], dict[str, EncoderOutput]] = {}
+        self._frozen: dict[tuple[Texts, bool], dict[str, EncoderOutput]] = {}
+
+    def begin_step(self) -> None:
+        """Forget what the adapted model said; its weights have moved."""
+        self._adapted.clear()
+
+    def tokens(self, texts: Texts) -> dict[str, Tokens]:
+        for encoder, rows in texts:
+            if (encoder, rows) not in self._tokens:
+                self._tokens[encoder, rows] = self.backend.tokenize(encoder, rows)
+        return {encoder: self._tokens[encoder, rows] for encoder, rows in texts}
+
+    def outputs(self, texts: Texts, *, adapted: bool, masked: bool) -> dict[str, EncoderOutput]:
+        cache = self._adapted if adapted else self._frozen
+        if (texts, masked) not in cache:
+            if adapted:
+                cache[texts, masked] = self._run(texts, masked)
+            else:
+                with torch.no_grad(), self.slot.frozen():
+                    cache[texts, masked] = self._run(texts, masked)
+        return cache[texts, masked]
+
+    def _run(self, texts: Texts, masked: bool) -> dict[str, EncoderOutput]:
+        tokens = self.tokens(texts)
+        return {encoder: self.backend.encode(encoder, tokens[encoder], masked=masked) for encoder in tokens}
+
+
+class Batch:
+    """The batch as one loss sees it: `prompts` prompts, each with LoRA weights of its own.
+
+    All outputs are float32 with a leading prompts dimension.
+    """
+
+    def __init__(self, view: ModelView, needs: Collection[str], loss: str) -> None:
+        self._view, self._needs, self._loss = view, frozenset(needs), loss
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts the batch holds."""
+        return self._view.prompts
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders in use: those with target layers, or all if the objective needs them."""
+        return self._view.encoders
+
+    @property
+    def texts(self) -> dict[str, tuple[str, ...]]:
+        """The prompts' texts, per encoder."""
+        return dict(self._view.texts)
+
+    @property
+    def tokens(self) -> dict[str, Tokens]:
+        """Token ids and masks per encoder, `(prompts, length)`."""
+        return self._view.tokens(self._view.texts)
+
+    def adapted(self, *, masked: bool = False) -> dict[str, EncoderOutput]:
+        """What each encoder, with the LoRA in it, makes of the prompts.
+
+        masked: pass the attention mask, so that padding is not attended to.
+        Raises UndeclaredNeed unless the loss needs `text`.
+        """
+        self._require("text")
+        return self._view.outputs(self._view.texts, adapted=True, masked=masked)
+
+    def frozen(self, *, masked: bool = False) -> dict[str, EncoderOutput]:
+        """What each frozen encoder makes of the prompts; without gradient, computed once per run."""
+        self._require("text")
+        return self._view.outputs(self._view.texts, adapted=False, masked=masked)
+
+    def encode(self, text: str | Sequence[str], *, adapted: bool, masked: bool = False) -> dict[str, EncoderOutput]:
+        """The same for other text: one for all prompts, or one per prompt."""
+        self._require("text")
+        rows = (text,) * self.prompts if isinstance(text, str) else tuple(text)
+        if len(rows) != self.prompts:
+            raise ValueError(f"{len(rows)} texts for {self.prompts} prompts")
+        texts = tuple((encoder, rows) for encoder in self.encoders)
+        return self._view.outputs(texts, adapted=adapted, masked=masked)
+
+    def conditioning(self, outputs: Mapping[str, EncoderOutput]) -> dict[str, torch.Tensor]:
+        """What the denoiser is conditioned on, by name, each `(prompts, …)`, from encoder outputs."""
+        self._require("text")
+        return self._view.backend.conditioning(outputs)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one latent, `(channels, height, width)`."""
+        self._require("noise_prediction")
+        return self._view.backend.latent_shape()
+
+    def predict_noise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        outputs: Mapping[str, EncoderOutput],
+        *,
+        adapted: bool,
+    ) -> torch.Tensor:
+        """Noise predicted for `latents` `(prompts, *latent_shape)` at `timesteps` `(prompts,)`.
+
+        outputs: the conditioning, as `adapted()`, `frozen()` or `encode()` gave it. The frozen model
+        predicts without gradient. Raises UndeclaredNeed unless the loss needs `noise_prediction`.
+        """
+        self._require("noise_prediction")
+        if adapted:
+            return self._view.backend.predict_noise(latents, timesteps, outputs)
+        with torch.no_grad(), self._view.slot.frozen():
+            return self._view.backend.predict_noise(latents, timesteps, outputs)
+
+    def _require(self, need: str) -> None:
+        if need not in self._needs:
+            raise UndeclaredNeed(f"loss {self._loss!r} asks for {need!r}, which its spec does not declare in `needs`")

@@ -1,0 +1,90 @@
+"""`lora-forge`: finds the verb, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from lora_forge import __version__
+from lora_forge.errors import LoraForgeError, nearest
+
+_VERBS = {
+    "run": ("lora_forge.cli.run", "Make a LoRA for one prompt."),
+    "models": ("lora_forge.cli.models", "List, show and make model configs."),
+    "plugins": ("lora_forge.cli.plugins", "List and show plugins."),
+}
+
+
+class Verbs(click.Group):
+    """Verbs are imported when they are called, so that `--help` imports none."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            raise click.UsageError(f"unknown command {cmd_name!r}{nearest(cmd_name, _VERBS)}")
+        command: click.Command = importlib.import_module(_VERBS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _VERBS.items()])
+
+
+@click.group(
+    cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, epilog="lora-forge COMMAND --help says more."
+)
+@click.version_option(__version__, prog_name="lora-forge")
+def lora_forge() -> None:
+    """A LoRA for one prompt, without images, in seconds.
+
+    \b
+    lora-forge run --prompt "a steampunk owl" --model tiny_sdxl
+    """
+
+
+class _Terminated(BaseException):
+    """SIGTERM, unwinding like Ctrl-C so that nothing half-written stays."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1, 2, 130 (Ctrl-C) or 143 (SIGTERM)."""
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result: Any = lora_forge.main(arguments, prog_name="lora-forge", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except LoraForgeError as error:
+        return _fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.ClickException as error:
+        return _fail(_lower_first(error.format_message()), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; nothing was written", 130, label="")
+    except _Terminated:
+        return _fail("terminated; nothing was written", 143, label="")
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _fail(message: str, code: int, label: str = "error: ") -> int:
+    click.echo(f"lora-forge: {label}{message}", err=True)
+    return code
+
+
+def _lower_first(message: str) -> str:
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,145 @@
+"""`lora-forge run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_forge.config.run import RunConfig, read_run_config, read_toml
+from lora_forge.options import Text
+from lora_forge.plugins import discover
+
+if TYPE_CHECKING:
+    from lora_forge.plan import Plan
+    from lora_forge.plugins import Registry
+    from lora_forge.session import Session
+
+# The option's name, where it is not the key's own; the seed specification's spellings work too.
+_SPELLINGS = {
+    "model": ("--model", "--model_name"),
+    "output": ("-o", "--output", "--output_path"),
+    "plugins": ("--plugin",),
+}
+_PLUGIN_KINDS = ("loss", "initializer", "optimizer", "saver")
+
+
+def _scalar_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for each scalar key of a run config, with the key's own help."""
+    for field in reversed(dataclasses.fields(RunConfig)):
+        if "help" not in field.metadata:
+            continue
+        names = _SPELLINGS.get(field.name, ("--" + field.name.replace("_", "-"),))
+        settings: dict[str, Any] = {"help": field.metadata["help"], "default": None}
+        if isinstance(field.default, bool):
+            settings["is_flag"] = True
+        elif field.name == "plugins":
+            settings.update(multiple=True, metavar="FILE.py")
+        else:
+            settings["metavar"] = field.name.upper() if len(field.name) < 9 else "VALUE"
+            if field.default not in (None, ""):
+                settings["help"] += f"  [default: {field.default}]"
+        function = click.option(*names, field.name, **settings)(function)
+    return function
+
+
+@click.command(name="run", short_help="Make a LoRA for one prompt.")
+@_scalar_options
+@click.option("--loss", multiple=True, metavar="NAME[:WEIGHT]", help="a term of the objective; repeatable")
+@click.option("--loss-opt", multiple=True, metavar="[NAME.]KEY=VALUE", help="an option of a loss; repeatable")
+@click.option("--initializer", metavar="NAME", help="the initializer  [default: gaussian]")
+@click.option("--initializer-opt", multiple=True, metavar="KEY=VALUE", help="an option of it; repeatable")
+@click.option("--optimizer", metavar="NAME", help="the optimizer  [default: adamw]")
+@click.option("--optimizer-opt", multiple=True, metavar="KEY=VALUE", help="an option of it; repeatable")
+@click.option("--saver", metavar="NAME", help="the saver  [default: safetensors]")
+@click.option("--saver-opt", multiple=True, metavar="KEY=VALUE", help="an option of it; repeatable")
+@click.option("--backend-opt", multiple=True, metavar="KEY=VALUE", help="an option of the model's backend; repeatable")
+@click.option("--config", type=Path, metavar="RUN.toml", help="a run config file; the command line wins over it")
+@click.option("--dry-run", is_flag=True, help="print the resolved run and check it; read no weights, write nothing")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object on stdout, all else on stderr")
+def command(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> int:
+    """Make a LoRA for one prompt.
+
+    \b
+    lora-forge run --prompt "a steampunk owl" --model tiny_sdxl -o owl.safetensors
+    """
+    layers: list[dict[str, Any]] = [read_toml(config)] if config else []
+    layers += _structured(given)
+    run_config = read_run_config(layers, source=config.name if config else "")
+    registry = discover(run_config.plugins)
+    for plugin in registry.broken:
+        click.echo(f"lora-forge: plugin {plugin.id} is broken and ignored: {plugin.error}", err=True)
+
+    from lora_forge.plan import make_plan
+    from lora_forge.saving import default_output
+    from lora_forge.session import Session
+
+    plan = make_plan(run_config, registry)
+    if run_config.output is None:
+        output = default_output(run_config.prompt, plan.saver_spec.suffix)
+        plan = dataclasses.replace(plan, config=dataclasses.replace(run_config, output=output))
+    with Session(registry, {}) as session:
+        return _dry_run(session, plan, as_json) if dry_run else _run(session, registry, plan, as_json)
+
+
+def _run(session: Session, registry: Registry, plan: Plan, as_json: bool) -> int:
+    from lora_forge.cli.display import Progress, print_result, print_warnings
+
+    with Progress(plan.iterations) as progress:
+        registry.observe(progress, "progress")
+        result = session.run_plan(plan)
+    print_warnings(result.warnings)
+    if as_json:
+        click.echo(json.dumps(result.as_dict(), ensure_ascii=False))
+    else:
+        print_result(result)
+    return 0
+
+
+def _dry_run(session: Session, plan: Plan, as_json: bool) -> int:
+    from lora_forge.cli.display import print_plan
+
+    model = session.check_plan(plan)
+    record = {
+        **plan.record(),
+        "output": str(plan.config.output),
+        "device": model.device,
+        "layers": {c: sum(layer.component == c for layer in model.layers) for c in plan.backend_spec.components},
+        "loaded": list(plan.load),
+    }
+    if as_json:
+        click.echo(json.dumps(record, ensure_ascii=False))
+    else:
+        print_plan(record)
+    return 0
+
+
+def _structured(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The command line as run config layers: names first, then options that add to them."""
+    names: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for key, value in given.items():
+        if value is None or value is False or value == ():
+            continue
+        if key.endswith("_opt"):
+            kind = key.removesuffix("_opt")
+            pairs = dict(_pair(text, f"--{kind}-opt") for text in value)
+            options["backend_options" if kind == "backend" else kind] = (
+                pairs if kind == "backend" else {"options": pairs}
+            )
+        elif isinstance(value, tuple):
+            names[key] = [Text(item) for item in value]
+        else:
+            names[key] = value if isinstance(value, bool) else Text(value)
+    return [names, options]
+
+
+def _pair(text: str, option: str) -> tuple[str, Text]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise click.UsageError(f"{option} takes KEY=VALUE, got {text!r}")
+    return key.strip(), Text(value)

@@ -1,0 +1,1 @@
+"""Run configs and model configs: read, checked, all mistakes at once."""

@@ -1,0 +1,51 @@
+"""Deriving a model config from a model's architecture, without reading its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lora_forge.config.model import DIMENSIONS, TARGETS
+from lora_forge.contracts import BackendRequest
+from lora_forge.errors import ModelError, nearest
+from lora_forge.plugins import build, discover
+
+
+def derive_model_config(
+    base_model: str, targets: Sequence[str], *, backend: str, rank: int, alpha: float
+) -> dict[str, Any]:
+    """A model config as JSON-ready data: every layer that one of `targets` names, with its dimensions.
+
+    targets: a group the backend knows (`attention`, `attention+mlp`, `all`), or a pattern with `*` and `?`
+    over canonical paths, with or without the component before it. Raises ModelError when one matches nothing.
+    """
+    supplied = discover().resolve("backend", backend)
+    model = build(supplied, supplied.spec.options())(BackendRequest(base_model, "cpu", "float32"))
+    architecture = model.architecture()
+    chosen: dict[str, list[str]] = {component: [] for component in architecture}
+    for target in targets:
+        group = model.target_groups.get(target)
+        matched = False
+        for component, layers in architecture.items():
+            for layer in layers:
+                path = f"{component}.{layer}"
+                fits = group(layer) if group else fnmatchcase(layer, target) or fnmatchcase(path, target)
+                if fits:
+                    matched = True
+                    chosen[component].append(layer)
+        if not matched:
+            raise ModelError(f"targets: {target!r} matches no layer{nearest(target, model.target_groups)}")
+    data: dict[str, Any] = {
+        "backend": backend,
+        "base_model": base_model,
+        "lora_rank": rank,
+        "lora_alpha": alpha,
+        "iterations": 50,
+        "learning_rate": 1e-4,
+        "regularization_strength": 1e-5,
+    }
+    for component, layers in architecture.items():
+        data[f"{TARGETS}{component}"] = [layer for layer in layers if layer in set(chosen[component])]
+        data[f"{DIMENSIONS}{component}"] = {layer: list(layers[layer]) for layer in data[f"{TARGETS}{component}"]}
+    return data

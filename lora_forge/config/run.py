@@ -1,0 +1,181 @@
+"""Run configs: everything one run was asked to do, from defaults, a TOML file, and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from lora_forge.errors import ConfigError, Problem, nearest
+from lora_forge.options import Unfit, check_bounds, read_value
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plugin by name, and options for it as given (checked once the plugin is known)."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+def _knob(default: Any, text: str, **bounds: Any) -> Any:
+    return field(default=default, metadata={"help": text, **bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything one run was asked to do. None means: as the model config, or the built-in default, says."""
+
+    prompt: str = _knob("", "the prompt to make a LoRA for")
+    prompt_2: str | None = _knob(None, "another text for the second text encoder")
+    model: str = _knob("sdxl_base", "model config: a name, or a path to a JSON file")
+    base_model: str | None = _knob(None, "where the weights come from: Hub id, folder or .safetensors")
+    rank: int | None = _knob(None, "LoRA rank, instead of the model config's", min=1)
+    alpha: float | None = _knob(None, "LoRA alpha, instead of the model config's", above=0)
+    iterations: int | None = _knob(None, "steps; 0 writes the initial weights", min=0)
+    l2: float | None = _knob(None, "strength of the L2 term over all LoRA parameters", min=0)
+    seed: int = _knob(0, "seed of the initial weights", min=0, max=2**63 - 1)
+    device: str = _knob("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["float32", "float16", "bfloat16"] = _knob("float32", "of frozen weights and activations")
+    inert: Literal["keep", "drop", "error"] = _knob("keep", "what to do with layers the objective cannot reach")
+    init_from: Path | None = _knob(None, "start from an earlier LoRA file")
+    strength: float | None = _knob(None, "scale the finished LoRA by this factor")
+    target_shift: float | None = _knob(None, "scale it until the conditioning moves by this share", above=0)
+    output: Path | None = _knob(None, "the file to write")
+    overwrite: bool = _knob(False, "replace the output file if it exists")
+    date: str | None = _knob(None, "date to store in the file, such as 2026-01-31")
+    plugins: tuple[Path, ...] = _knob((), "plugin files to load")
+    loss: tuple[Choice, ...] = (Choice("embedding_magnitude"),)
+    initializer: Choice = Choice("gaussian")
+    optimizer: Choice = Choice("adamw")
+    saver: Choice = Choice("safetensors")
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_STRUCTURED = ("loss", "initializer", "optimizer", "saver", "backend_options")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A run config file's content. Raises ConfigError when it is missing or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("", [Problem(str(path), f"run config cannot be read: {error.strerror}")]) from error
+    except ValueError as error:
+        raise ConfigError(path.name, [Problem("", f"not valid TOML: {error}")]) from error
+
+
+def read_run_config(layers: Sequence[Mapping[str, Any]], *, source: str = "") -> RunConfig:
+    """A run config from mappings of its keys, later ones winning. Values of type `Text` are parsed.
+
+    `loss` is a name, a table `{name, weight, options}`, or a list of those; `initializer`, `optimizer`
+    and `saver` are a name or a table `{name, options}`. A name may carry a weight: `"a:0.5"`.
+    Options alone (`{options}`) add to those of a lower layer. Raises ConfigError with every mistake.
+    """
+    problems: list[Problem] = []
+    hints = get_type_hints(RunConfig)
+    fields = {f.name: f for f in dataclasses.fields(RunConfig)}
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key not in fields:
+                problems.append(Problem(key, f"unknown key{nearest(key, fields)}"))
+            elif key in _STRUCTURED:
+                values[key] = _structured(key, value, values.get(key, _default(fields[key])), problems)
+            else:
+                try:
+                    values[key] = read_value(hints[key], value)
+                    check_bounds(values[key], fields[key].metadata)
+                except Unfit as error:
+                    problems.append(Problem(key, str(error)))
+    if values.get("strength") is not None and values.get("target_shift") is not None:
+        problems.append(Problem("strength", "give strength or target_shift, not both"))
+    if problems:
+        raise ConfigError(source, problems)
+    return RunConfig(**values)
+
+
+def parse_name(text: str) -> tuple[str, float | None]:
+    """`name`, `name:0.5`, `dist:name` or `dist:name:0.5` as a name and a weight."""
+    name, colon, last = text.rpartition(":")
+    try:
+        return (name, float(last)) if colon else (text, None)
+    except ValueError:
+        return text, None
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def _structured(key: str, value: Any, below: Any, problems: list[Problem]) -> Any:
+    if key == "backend_options":
+        return {**below, **_table(key, value, problems)}
+    if key != "loss":
+        return _choice(key, value, below, problems, weighted=False)
+    if isinstance(value, Mapping) and set(value) == {"options"}:
+        return _add_loss_options(below, _table("loss.options", value["options"], problems), problems)
+    items = value if isinstance(value, list | tuple) else [value]
+    if not items:
+        problems.append(Problem("loss", "at least one loss is needed"))
+    choices = [_choice("loss", item, None, problems, weighted=True) for item in items]
+    return tuple(choice for choice in choices if choice is not None)
+
+
+def _choice(key: str, value: Any, below: Choice | None, problems: list[Problem], *, weighted: bool) -> Choice | None:
+    table = {"name": value} if isinstance(value, str) else value
+    allowed = {"name", "options"} | ({"weight"} if weighted else set())
+    if not isinstance(table, Mapping):
+        problems.append(Problem(key, f"expected a name or a table, got {value!r}"))
+        return below
+    for extra in sorted(set(table) - allowed):
+        problems.append(Problem(f"{key}.{extra}", f"unknown key{nearest(extra, allowed)}"))
+    name = table.get("name", below.name if below else None)
+    options = _table(f"{key}.options", table.get("options", {}), problems)
+    if not isinstance(name, str) or not name:
+        problems.append(Problem(f"{key}.name", "is missing" if name is None else f"expected a name, got {name!r}"))
+        return below
+    name, weight = parse_name(name) if weighted else (str(name), None)
+    if "weight" in table:
+        try:
+            weight = read_value(float, table["weight"])
+        except Unfit as error:
+            problems.append(Problem(f"{key}.weight", str(error)))
+    if weight is not None and not abs(weight) < float("inf"):
+        problems.append(Problem(f"{key}.weight", f"expected a finite number, got {weight}"))
+    if below is not None and below.name == name:
+        options = {**below.options, **options}
+    return Choice(str(name), options, 1.0 if weight is None else weight)
+
+
+def _add_loss_options(
+    choices: Sequence[Choice], options: Mapping[str, Any], problems: list[Problem]
+) -> tuple[Choice, ...]:
+    """Options without a loss's name: `key` belongs to the only loss, `loss.key` to the one named."""
+    result = list(choices)
+    for key, value in options.items():
+        name, dot, option = key.rpartition(".")
+        owners = [i for i, choice in enumerate(result) if not dot or choice.name == name]
+        if len(owners) != 1:
+            names = ", ".join(choice.name for choice in result)
+            why = (
+                f"say whose: one of {names}, as NAME.{option}" if owners else f"no loss {name!r} here; there is {names}"
+            )
+            problems.append(Problem(f"loss.options.{key}", why))
+            continue
+        owner = result[owners[0]]
+        result[owners[0]] = dataclasses.replace(owner, options={**owner.options, option: value})
+    return tuple(result)
+
+
+def _table(key: str, value: Any, problems: list[Problem]) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    problems.append(Problem(key, f"expected a table, got {value!r}"))
+    return {}

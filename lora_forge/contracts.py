@@ -1,0 +1,204 @@
+"""What each kind of plugin is called with and must return, and the data that passes between rooms.
+
+Shapes: `prompts` is the leading dimension of everything between tokens and saver.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_forge.bank import BankSlot
+    from lora_forge.batch import Batch
+
+# dict[component, dict[layer, {"lora_A": (prompts, rank, in), "lora_B": (prompts, out, rank)}]];
+# a saver gets one prompt's, without the first dimension.
+LoraWeights = dict[str, dict[str, dict[str, "torch.Tensor"]]]
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """A linear layer that gets a LoRA: `name` is its canonical dotted path within `component`."""
+
+    component: str
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return (self.component, self.name)
+
+
+@dataclass(frozen=True)
+class InitialLayer:
+    """What an initializer is given: the layer's sizes, the rank, and a CPU generator seeded for it alone."""
+
+    component: str
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    generator: torch.Generator
+
+
+class Initializer(Protocol):
+    """Makes a layer's first A `(rank, in)` and B `(out, rank)`, float32 on the CPU."""
+
+    def __call__(self, layer: InitialLayer, /) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class Loss(Protocol):
+    """One term of the objective: one value per prompt, shape `(prompts,)`, smaller is better."""
+
+    def __call__(self, batch: Batch, /) -> torch.Tensor: ...
+
+
+class OptimizerFactory(Protocol):
+    """Makes a torch optimizer over float32 parameters whose `.grad` is filled before each step."""
+
+    def __call__(self, parameters: Iterable[torch.nn.Parameter], /) -> torch.optim.Optimizer: ...
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What a saver is given.
+
+    path: write this one file; whoever asked moves it into place when all went well.
+    weights: `dict[component, dict[layer, {"lora_A": (rank, in), "lora_B": (out, rank)}]]`, float32, CPU.
+    rank, alpha: ΔW of a layer is `alpha / rank · B @ A`.
+    family: the model family the backend names, such as `sdxl`.
+    metadata: strings to store; `lora_forge` holds the run's own record as JSON.
+    """
+
+    path: Path
+    weights: LoraWeights
+    rank: int
+    alpha: float
+    family: str
+    prompt: str
+    title: str
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What a saver may return: layers it added as zeros because the format demands them."""
+
+    padded: tuple[str, ...] = ()
+
+
+class Saver(Protocol):
+    """Writes one prompt's LoRA weights to `request.path`."""
+
+    def __call__(self, request: SaveRequest, /) -> SaveReport | None: ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids and mask of one encoder: `input_ids`, `attention_mask` `(rows, length)` int64.
+
+    cut: for each row, the text that did not fit and is left out ("" if all of it fits).
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    cut: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What an encoder makes of its tokens, float32.
+
+    last_hidden_state: `(prompts, length, width)`, after the final LayerNorm.
+    penultimate_hidden_state: `(prompts, length, width)`, the input of the last block.
+    pooled: `(prompts, projection)`, the projected state of the end-of-text token (unprojected where
+        the encoder has no projection).
+    """
+
+    last_hidden_state: torch.Tensor
+    penultimate_hidden_state: torch.Tensor
+    pooled: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BackendRequest:
+    """What a backend's factory is given.
+
+    source: a Hub id, a diffusers directory, a single-file checkpoint, or a name the backend knows.
+    device, dtype: torch's names for where the frozen weights go and what they become.
+    pipeline: a model already in memory, to be used in place and left as it was, instead of `source`.
+    """
+
+    source: str
+    device: str
+    dtype: str
+    pipeline: Any = None
+
+
+class Backend(ABC):
+    """Knows one model family: names its layers, loads it, tokenizes, encodes, predicts noise, adapts.
+
+    Layer names are canonical: those of published checkpoints (`text_model.encoder.layers.0…`),
+    whatever the installed library calls them. Raises ModelError for whatever is wrong with the model.
+    """
+
+    family: str
+    target_groups: Mapping[str, Callable[[str], bool]]
+    """Named choices of layers for new model configs, such as `attention`: a test of a canonical path."""
+
+    @abstractmethod
+    def architecture(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """`{component: {canonical path: (out, in)}}` of every linear layer, without reading weights."""
+
+    @abstractmethod
+    def check_files(self, components: Collection[str]) -> None:
+        """Check that the weights of these components are there and whole, without reading them."""
+
+    @abstractmethod
+    def load(self, components: Collection[str]) -> None:
+        """Load these components, frozen, unless they are loaded already."""
+
+    @abstractmethod
+    def adapt(self, layers: Sequence[TargetLayer], rank: int, alpha: float, slot: BankSlot) -> None:
+        """Inject bank layers in place of these layers of the loaded components (`lora_forge.bank.inject`)."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Take the bank layers out again and leave the components as they were found."""
+
+    @abstractmethod
+    def tokenize(self, encoder: str, texts: Sequence[str]) -> Tokens:
+        """Tokens of texts, one row each, padded and cut to the encoder's length, on the CPU."""
+
+    @abstractmethod
+    def encode(self, encoder: str, tokens: Tokens, *, masked: bool) -> EncoderOutput:
+        """Run an encoder; `masked` passes the attention mask, as the pipeline itself does not."""
+
+    @abstractmethod
+    def conditioning(self, outputs: Mapping[str, EncoderOutput]) -> dict[str, torch.Tensor]:
+        """What the denoiser is conditioned on, by name, each `(prompts, …)`; encoders may be missing."""
+
+    @abstractmethod
+    def weight_norm(self, component: str, layer: str) -> float | None:
+        """Frobenius norm of a layer's frozen weight; None when its component is not loaded."""
+
+    @abstractmethod
+    def usage(self, path: str, prompt: str) -> str:
+        """The lines of Python that use a saved LoRA with this base model."""
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one latent, `(channels, height, width)`."""
+        raise NotImplementedError
+
+    def predict_noise(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, outputs: Mapping[str, EncoderOutput]
+    ) -> torch.Tensor:
+        """Noise predicted for `latents` `(prompts, *latent_shape)` at `timesteps` `(prompts,)`, float32."""
+        raise NotImplementedError

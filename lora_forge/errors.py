@@ -1,0 +1,90 @@
+"""Every error a user can meet, as one hierarchy; the class decides the exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class LoraForgeError(Exception):
+    """Base of all errors raised on purpose; its message is meant for the user. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(LoraForgeError):
+    """What was asked cannot be done as asked. Exit code 2."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a configuration: the key it is about, and what is wrong with it."""
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" if self.key else self.message
+
+
+class ConfigError(UsageError):
+    """Mistakes in a run config, model config or plugin options, all of them at once."""
+
+    def __init__(self, source: str, problems: Iterable[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        prefix = f"{source}: " if source else ""
+        if len(self.problems) == 1:
+            text = f"{prefix}{self.problems[0]}"
+        else:
+            lines = "\n".join(f"  {problem}" for problem in self.problems)
+            text = f"{prefix}{len(self.problems)} mistakes\n{lines}"
+        super().__init__(text)
+
+
+class PluginError(UsageError):
+    """A plugin, or a name that a plugin should supply, cannot be used."""
+
+
+class ModelError(UsageError):
+    """The base model cannot be found, read, or used as asked."""
+
+
+class OutputError(UsageError):
+    """The output path cannot be written."""
+
+
+class ObjectiveError(UsageError):
+    """The objective cannot train anything that was asked for."""
+
+
+class LoraFileError(UsageError):
+    """A LoRA file cannot be read, or does not fit the model config."""
+
+
+class RunFailed(LoraForgeError):
+    """A run started and could not end: a term became NaN or infinite, a plugin raised. Exit code 1."""
+
+    def __init__(self, message: str, *, step: int | None = None, term: str | None = None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.term = term
+
+
+class UndeclaredNeed(RunFailed):
+    """A loss asked the batch for something its spec does not declare."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"`, or the known names when none is close, or `""` when there are none."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.55)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    if not names:
+        return ""
+    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    return f"; known: {shown}"

@@ -1,0 +1,52 @@
+"""LoRA initialization: what an initializer makes of every target layer, or what an earlier file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_forge.contracts import InitialLayer, LoraWeights, TargetLayer
+from lora_forge.errors import LoraForgeError, RunFailed
+from lora_forge.files.read import read_lora
+from lora_forge.model import LoadedModel
+from lora_forge.plan import Plan
+from lora_forge.seeds import layer_generator
+
+if TYPE_CHECKING:
+    from lora_forge.runner import Request
+
+
+def initial_weights(plan: Plan, model: LoadedModel, requests: Sequence[Request]) -> LoraWeights:
+    """Weights of all prompts, stacked: lora_A `(prompts, rank, in)`, lora_B `(prompts, out, rank)`.
+
+    Layers that `init_from` holds start from there, the others from the initializer. Raises RunFailed
+    when the initializer raises, LoraFileError when the file does not fit.
+    """
+    initializer = plan.initializer.build()
+    earlier: LoraWeights = {}
+    if plan.config.init_from:
+        earlier = read_lora(
+            plan.config.init_from, model.layers, family=model.backend.family, rank=plan.rank, alpha=plan.alpha
+        )
+    result: LoraWeights = {}
+    for layer in model.layers:
+        known = earlier.get(layer.component, {}).get(layer.name)
+        rows = [known] * len(requests) if known else [_initialize(initializer, layer, plan, r.seed) for r in requests]
+        result.setdefault(layer.component, {})[layer.name] = {
+            name: torch.stack([row[name] for row in rows]) for name in ("lora_A", "lora_B")
+        }
+    return result
+
+
+def _initialize(initializer, layer: TargetLayer, plan: Plan, seed: int) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+    generator = layer_generator(seed, layer.component, layer.name)
+    initial = InitialLayer(layer.component, layer.name, layer.out_features, layer.in_features, plan.rank, generator)
+    try:
+        lora_a, lora_b = initializer(initial)
+        return {"lora_A": lora_a.float(), "lora_B": lora_b.float()}
+    except LoraForgeError:
+        raise
+    except Exception as error:
+        raise RunFailed(f"initializer {plan.initializer.name!r} failed: {type(error).__name__}: {error}") from error

@@ -1,0 +1,73 @@
+"""A base model opened for a plan: its backend, the layers that get a LoRA, and the slot the bank goes in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lora_forge.bank import BankSlot
+from lora_forge.config.model import expand_targets
+from lora_forge.contracts import Backend, BackendRequest, TargetLayer
+from lora_forge.errors import ModelError
+from lora_forge.plan import Plan
+
+
+class LoadedModel:
+    """Opened by `open_model`; loads components when a plan first needs them, and adapts them once."""
+
+    def __init__(self, backend: Backend, device: str) -> None:
+        self.backend, self.device = backend, device
+        self.slot = BankSlot()
+        self.layers: Sequence[TargetLayer] = ()
+        self._adapted: set[str] = set()
+
+    def check(self, plan: Plan) -> None:
+        """Check target layers against the real architecture and the weight files' integrity; read no weights."""
+        self.layers = expand_targets(plan.model, self.backend.architecture(), rank=plan.rank)
+        self.backend.check_files(plan.load)
+
+    @contextmanager
+    def use(self, plan: Plan) -> Iterator[None]:
+        """Have what the plan needs loaded and adapted; afterwards no bank is left in the slot."""
+        fresh = [component for component in plan.load if component not in self._adapted]
+        if fresh:
+            self.backend.load(fresh)
+            layers = [layer for layer in self.layers if layer.component in fresh]
+            self.backend.adapt(layers, plan.rank, plan.alpha, self.slot)
+            self._adapted.update(fresh)
+        try:
+            yield
+        finally:
+            self.slot.bank = None
+
+    def close(self) -> None:
+        """Leave the components as they were found."""
+        self.backend.release()
+        self._adapted.clear()
+
+
+def open_model(plan: Plan, *, pipeline: Any = None) -> LoadedModel:
+    """Open the base model of a plan and check it, without reading weights.
+
+    Raises ModelError for an absent device or a model that is not whole, ConfigError for target layers
+    that do not fit it.
+    """
+    device = resolve_device(plan.config.device) if pipeline is None else str(pipeline.device)
+    request = BackendRequest(plan.base_model, device, plan.config.dtype, pipeline)
+    model = LoadedModel(plan.backend.build()(request), device)
+    model.check(plan)
+    return model
+
+
+def resolve_device(name: str) -> str:
+    """`auto` as the best device there is. Raises ModelError when the device asked for is absent."""
+    import torch
+
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
+    kind, _, index = name.partition(":")
+    if not present[kind] or (index and int(index) >= torch.cuda.device_count()):
+        raise ModelError(f"device: {name!r} was asked for, but PyTorch sees no such device here")
+    return name

@@ -1,0 +1,58 @@
+"""The objective: a weighted sum of loss terms, one value per prompt. L2 is the bank's (`Bank.add_l2`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_forge.batch import Batch, ModelView
+from lora_forge.contracts import Loss
+from lora_forge.errors import LoraForgeError, RunFailed
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of the objective; `label` is its name, made unique where a loss is used twice."""
+
+    label: str
+    weight: float
+    needs: frozenset[str]
+    loss: Loss
+
+
+class Objective:
+    """Evaluates all terms on one `ModelView`."""
+
+    def __init__(self, terms: Sequence[Term], view: ModelView) -> None:
+        self.terms = tuple(terms)
+        self._prompts = view.prompts
+        self._batches = [Batch(view, term.needs, term.label) for term in terms]
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Each term's value, unweighted, `(prompts,)` float32.
+
+        Raises RunFailed when a loss raises, or returns another shape.
+        """
+        return {term.label: self._value(term, batch) for term, batch in zip(self.terms, self._batches, strict=True)}
+
+    def total(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum of terms, `(prompts,)`."""
+        weighted = [term.weight * values[term.label] for term in self.terms]
+        return torch.stack(weighted).sum(dim=0)
+
+    def _value(self, term: Term, batch: Batch) -> torch.Tensor:
+        try:
+            value = term.loss(batch)
+        except LoraForgeError:
+            raise
+        except Exception as error:
+            raise RunFailed(f"loss {term.label!r} failed: {type(error).__name__}: {error}", term=term.label) from error
+        if not isinstance(value, torch.Tensor) or value.shape != (self._prompts,):
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise RunFailed(
+                f"loss {term.label!r} must return one value per prompt, shape ({self._prompts},); got {got}",
+                term=term.label,
+            )
+        return value.float()

@@ -1,0 +1,245 @@
+"""The plan of a run: a run config with every name resolved and every option checked, before anything heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from lora_forge.config.model import ModelConfig, read_model_config
+from lora_forge.config.run import Choice, RunConfig
+from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, Problem
+from lora_forge.options import options_as_dict, parse_options
+from lora_forge.plugins import Registry, Supplied, build
+from lora_forge.records import BackendSpec, LossSpec, OptimizerSpec, SaverSpec
+
+DEFAULT_ITERATIONS = 50
+DEFAULT_L2 = 1e-5
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A spec, who supplied it, and the options it will be built with."""
+
+    supplied: Supplied
+    options: Any
+
+    @property
+    def name(self) -> str:
+        return self.supplied.spec.name
+
+    def build(self) -> Callable[..., Any]:
+        return build(self.supplied, self.options)
+
+    def record(self) -> dict[str, Any]:
+        """Name, options and provenance, as written into the file's metadata."""
+        return {**self.supplied.provenance(), "options": options_as_dict(self.options)}
+
+
+@dataclass(frozen=True)
+class ChosenTerm:
+    """A loss in the objective: its label, weight, and what it needs under its options."""
+
+    label: str
+    weight: float
+    needs: frozenset[str]
+    chosen: Chosen
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done. `load` are the components to load, `encoders` the text encoders to run."""
+
+    config: RunConfig
+    model: ModelConfig
+    backend: Chosen
+    initializer: Chosen
+    terms: tuple[ChosenTerm, ...]
+    optimizer: Chosen
+    saver: Chosen
+    base_model: str
+    rank: int
+    alpha: float
+    iterations: int
+    l2: float
+    load: tuple[str, ...]
+    encoders: tuple[str, ...]
+
+    @property
+    def backend_spec(self) -> BackendSpec:
+        return cast(BackendSpec, self.backend.supplied.spec)
+
+    @property
+    def optimizer_spec(self) -> OptimizerSpec:
+        return cast(OptimizerSpec, self.optimizer.supplied.spec)
+
+    @property
+    def saver_spec(self) -> SaverSpec:
+        return cast(SaverSpec, self.saver.supplied.spec)
+
+    def record(self) -> dict[str, Any]:
+        """The resolved run as JSON-ready values, without a path of this machine in it."""
+        config = self.config
+        return {
+            "prompt": config.prompt,
+            "prompt_2": config.prompt_2,
+            "model": self.model.name,
+            "model_config_sha256": self.model.digest,
+            "base_model": portable(self.base_model),
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "iterations": self.iterations,
+            "l2": self.l2,
+            "seed": config.seed,
+            "dtype": config.dtype,
+            "inert": config.inert,
+            "init_from": _named_file(config.init_from),
+            "strength": config.strength,
+            "target_shift": config.target_shift,
+            "loss": [{"label": t.label, "weight": t.weight, **t.chosen.record()} for t in self.terms],
+            "initializer": self.initializer.record(),
+            "optimizer": self.optimizer.record(),
+            "saver": self.saver.record(),
+            "backend": {**self.backend.supplied.provenance(), "options": _portable_options(self.backend.options)},
+        }
+
+    def run_id(self) -> str:
+        """Twelve hex digits that are the same for the same request."""
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def make_plan(config: RunConfig, registry: Registry, *, in_memory: bool = False) -> Plan:
+    """Resolve a run config. Imports nothing heavy, and reads no more than the model config.
+
+    in_memory: the model is a pipeline already loaded, so that no base model need be named.
+    Raises ConfigError with every mistake, or ObjectiveError.
+    """
+    problems: list[Problem] = []
+    if not config.prompt.strip():
+        problems.append(Problem("prompt", "is empty" if not config.prompt else "is blank"))
+    model = _collect(problems, lambda: read_model_config(config.model))
+    if model is None:  # nothing else can be resolved without it
+        raise ConfigError("", problems)
+    backend = _choose(registry, "backend", Choice(model.backend, config.backend_options), problems)
+    initializer = _choose(registry, "initializer", config.initializer, problems)
+    optimizer = _choose(registry, "optimizer", _with_learning_rate(registry, config.optimizer, model), problems)
+    saver = _choose(registry, "saver", config.saver, problems)
+    terms = _terms(registry, config, problems)
+    base_model = config.base_model or model.base_model
+    if not base_model and not in_memory:
+        problems.append(Problem("base_model", f"model config {model.name!r} names none; give one"))
+    if config.init_from and not config.init_from.is_file():
+        problems.append(Problem("init_from", f"{str(config.init_from)!r} does not exist"))
+    if problems or not (backend and initializer and optimizer and saver):
+        raise ConfigError("", problems)
+    load, encoders = _components(cast(BackendSpec, backend.supplied.spec), model, terms, config)
+    return Plan(
+        config=config,
+        model=model,
+        backend=backend,
+        initializer=initializer,
+        terms=terms,
+        optimizer=optimizer,
+        saver=saver,
+        base_model=base_model or "in memory",
+        rank=config.rank or model.lora_rank,
+        alpha=config.alpha or model.lora_alpha,
+        iterations=_first(config.iterations, model.iterations, DEFAULT_ITERATIONS),
+        l2=_first(config.l2, model.regularization_strength, DEFAULT_L2),
+        load=load,
+        encoders=encoders,
+    )
+
+
+def portable(base_model: str) -> str:
+    """A Hub id or known name as it is; of a path on this machine, the last part only."""
+    return Path(base_model).name if Path(base_model).exists() else base_model
+
+
+def _components(
+    backend: BackendSpec, model: ModelConfig, terms: tuple[ChosenTerm, ...], config: RunConfig
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Which components to load and which encoders to run: under `text` alone, the encoders with target layers."""
+    needs = frozenset[str]().union(*(term.needs for term in terms))
+    unserved = needs - set(backend.reaches)
+    if unserved:
+        asking = next(term.label for term in terms if term.needs & unserved)
+        raise ObjectiveError(
+            f"loss {asking!r} needs {', '.join(sorted(unserved))}, which backend {backend.name!r} does not provide"
+        )
+    targeted = {component for component, layers in model.targets.items() if layers}
+    reachable = {component for need in needs for component in backend.reaches[need]}
+    if not targeted & reachable:
+        raise ObjectiveError(
+            f"the objective ({', '.join(t.label for t in terms)}) reaches "
+            f"{', '.join(sorted(reachable)) or 'nothing'}, but the target layers of {model.name!r} "
+            f"are in {', '.join(sorted(targeted)) or 'no component'}: nothing would be trained"
+        )
+    if config.prompt_2 is not None and len(backend.encoders) < 2:
+        raise ObjectiveError(f"prompt_2: backend {backend.name!r} has one text encoder only")
+    load = targeted & reachable if needs <= {"text"} else reachable
+    encoders = tuple(encoder for encoder in backend.encoders if encoder in load)
+    return tuple(component for component in backend.components if component in load), encoders
+
+
+def _terms(registry: Registry, config: RunConfig, problems: list[Problem]) -> tuple[ChosenTerm, ...]:
+    terms: list[ChosenTerm] = []
+    for choice in config.loss:
+        chosen = _choose(registry, "loss", choice, problems)
+        if chosen is None:
+            continue
+        spec = cast(LossSpec, chosen.supplied.spec)
+        same = sum(term.chosen.name == spec.name for term in terms)
+        label = f"{spec.name}#{same + 1}" if same else spec.name
+        terms.append(ChosenTerm(label, choice.weight, spec.needs_for(chosen.options), chosen))
+    return tuple(terms)
+
+
+def _choose(registry: Registry, kind: str, choice: Choice, problems: list[Problem]) -> Chosen | None:
+    supplied = _collect(problems, lambda: registry.resolve(kind, choice.name))
+    if supplied is None:
+        return None
+    options, mistakes = parse_options(supplied.spec.options, choice.options, key=supplied.spec.name)
+    problems += mistakes
+    return None if mistakes else Chosen(supplied, options)
+
+
+def _with_learning_rate(registry: Registry, choice: Choice, model: ModelConfig) -> Choice:
+    """A model config's `learning_rate` fills `lr` of an optimizer that has one."""
+    if model.learning_rate is None:
+        return choice
+    try:
+        options = registry.resolve("optimizer", choice.name).spec.options
+    except LoraForgeError:
+        return choice  # reported where it is chosen
+    if "lr" not in (field.name for field in dataclasses.fields(options)):
+        return choice
+    return Choice(choice.name, {"lr": model.learning_rate, **choice.options})
+
+
+def _collect(problems: list[Problem], make: Callable[[], Any]) -> Any:
+    """What `make` makes, or None with its mistakes noted, so that others are reported with them."""
+    try:
+        return make()
+    except ConfigError as error:
+        problems += [Problem(f"{error.source}: {p.key}".rstrip(": "), p.message) for p in error.problems]
+    except LoraForgeError as error:
+        problems.append(Problem("", str(error)))
+    return None
+
+
+def _first(*candidates: Any) -> Any:
+    return next(value for value in candidates if value is not None)
+
+
+def _named_file(path: Path | None) -> str | None:
+    return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" if path else None
+
+
+def _portable_options(options: Any) -> dict[str, Any]:
+    values = options_as_dict(options)
+    return {name: portable(value) if isinstance(value, str) else value for name, value in values.items()}

@@ -1,0 +1,110 @@
+"""The specs (records) that hooks yield: what a plugin supplies, described without importing it.
+
+A spec is light: a name, a line of text, the type of its options, and a *factory* that is named as a
+dotted string (`"package.module:Name"`) or given as a callable. Listing, showing and resolving plugins
+therefore never import torch.
+
+Whatever the kind, a factory gives a callable of one argument (`lora_forge.contracts` has each). A
+factory that is a class is constructed with the options, and the instance is called; a factory that is
+a function is that callable, and gets the options as the keyword `options` if it takes one.
+
+New fields of a spec always come with a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+Need = Literal["text", "noise_prediction", "attention", "vae"]
+NEEDS: tuple[str, ...] = ("text", "noise_prediction", "attention", "vae")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a plugin that has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What all specs share.
+
+    name: lower-case letters, digits, `_` and `-`; what a user types.
+    summary: one line.
+    factory: a callable, or `"package.module:attribute"`.
+    options: a dataclass type whose fields are the options; a field's metadata may hold `help`,
+        `min`, `max` (inclusive bounds) and `above` (exclusive lower bound).
+    """
+
+    kind: ClassVar[str]
+
+    name: str
+    summary: str
+    factory: str | Callable[..., Any]
+    options: type = NoOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitializerSpec(Spec):
+    """Supplies the initial A and B of a target layer; see `lora_forge.contracts.Initializer`."""
+
+    kind: ClassVar[str] = "initializer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec(Spec):
+    """Supplies one term of the objective; see `lora_forge.contracts.Loss`.
+
+    needs: what has to be there: a subset of `text`, `noise_prediction`, `attention`, `vae`, or a
+        callable of the options that returns one.
+    formula, source: what it computes, and the paper or project it comes from (`ours` if neither).
+    """
+
+    kind: ClassVar[str] = "loss"
+
+    needs: Collection[str] | Callable[[Any], Collection[str]] = frozenset({"text"})
+    formula: str = ""
+    source: str = "ours"
+
+    def needs_for(self, options: Any) -> frozenset[str]:
+        """The needs under these options."""
+        return frozenset(self.needs(options) if callable(self.needs) else self.needs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSpec(Spec):
+    """Supplies a `torch.optim.Optimizer`; see `lora_forge.contracts.OptimizerFactory`.
+
+    elementwise: it treats every number alone (Adam, SGD, Lion). One instance then steps the whole
+        bank; otherwise each prompt gets an instance of its own over its own matrices.
+    """
+
+    kind: ClassVar[str] = "optimizer"
+
+    elementwise: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaverSpec(Spec):
+    """Writes one prompt's LoRA weights to a file; see `lora_forge.contracts.Saver`."""
+
+    kind: ClassVar[str] = "saver"
+
+    suffix: str = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendSpec(Spec):
+    """Knows one model family; see `lora_forge.contracts.Backend`.
+
+    components: all that can carry LoRA. encoders: the text encoders among them, in order.
+    reaches: for each need this backend can serve, the components an objective with that need can
+        send a gradient to. A need that is not a key cannot be served.
+    """
+
+    kind: ClassVar[str] = "backend"
+
+    components: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ()
+    reaches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -1,0 +1,91 @@
+"""What a run returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_forge.effect import Effect
+from lora_forge.events import RunInfo
+
+if TYPE_CHECKING:
+    from lora_forge.contracts import LoraWeights
+
+
+@dataclass(frozen=True)
+class Values:
+    """The objective at one moment: its total, each term unweighted, and L2."""
+
+    loss: float
+    terms: Mapping[str, float]
+    l2: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "terms": dict(self.terms), "l2": self.l2}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One prompt's LoRA and what is known about it.
+
+    path: the file written, None if none was asked for.
+    weights: `dict[component, dict[layer, {"lora_A": (rank, in), "lora_B": (out, rank)}]]`, float32, CPU,
+        all layers, whatever the file leaves out.
+    steps: the objective before each update. loss_before, loss_after: before the first update, and of the
+        weights as saved.
+    inert: layers the objective cannot reach, as `component.layer`; dropped: those of them the file leaves
+        out; padded: layers of zeros that the file format demands.
+    metadata: what the file carries. seconds: durations by phase (never in the file).
+    """
+
+    run: RunInfo
+    path: Path | None
+    weights: LoraWeights = field(repr=False)
+    rank: int
+    alpha: float
+    steps: tuple[Values, ...] = field(repr=False)
+    before: Values
+    after: Values
+    effect: Effect
+    inert: tuple[str, ...] = field(repr=False)
+    dropped: tuple[str, ...] = field(repr=False)
+    padded: tuple[str, ...] = field(repr=False)
+    strength: float
+    warnings: tuple[str, ...]
+    metadata: Mapping[str, str] = field(repr=False)
+    usage: str = field(repr=False)
+    seconds: Mapping[str, float] = field(repr=False)
+
+    @property
+    def loss_before(self) -> float:
+        return self.before.loss
+
+    @property
+    def loss_after(self) -> float:
+        return self.after.loss
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the tensors, ready for JSON."""
+        return {
+            "path": str(self.path) if self.path else None,
+            "prompt": self.run.prompt,
+            "model": self.run.model,
+            "seed": self.run.seed,
+            "iterations": self.run.iterations,
+            "run_id": self.run.id,
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "strength": self.strength,
+            "loss_before": self.before.as_dict(),
+            "loss_after": self.after.as_dict(),
+            "steps": [values.as_dict() for values in self.steps],
+            "effect": self.effect.as_dict(),
+            "inert_layers": len(self.inert),
+            "dropped_layers": len(self.dropped),
+            "padded_layers": list(self.padded),
+            "warnings": list(self.warnings),
+            "usage": self.usage,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }

@@ -1,0 +1,210 @@
+"""The run, top to bottom: initial weights, the step loop, strength, effect, file.
+
+All prompts of a call train side by side in one bank; a single run is a bank of one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lora_forge.bank import Bank
+from lora_forge.batch import ModelView
+from lora_forge.effect import Effect, measure_effect
+from lora_forge.errors import ObjectiveError
+from lora_forge.events import RunFailure, RunFinish, RunInfo, RunStart
+from lora_forge.initial import initial_weights
+from lora_forge.model import LoadedModel
+from lora_forge.objective import Objective, Term
+from lora_forge.plan import Plan
+from lora_forge.plugins import Registry
+from lora_forge.reach import Reach
+from lora_forge.result import RunResult, Values
+from lora_forge.saving import save_lora
+from lora_forge.steps import StepLog
+from lora_forge.strength import scale_to_strength
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is a prompt's own within a batch."""
+
+    prompt: str
+    prompt_2: str | None
+    seed: int
+    output: Path | None
+
+
+@dataclass
+class Clock:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def forge(
+    plan: Plan, requests: Sequence[Request], model: LoadedModel, registry: Registry, clock: Clock
+) -> list[RunResult]:
+    """Make one LoRA per request, and write those that name an output.
+
+    Observers hear of it; what they raise ends nothing. Raises ObjectiveError when the objective cannot
+    train what was asked for, RunFailed when a term becomes NaN or infinite or a plugin raises.
+    """
+    batch_id = plan.run_id()
+    runs = [
+        RunInfo(f"{batch_id}-{i}", batch_id, r.prompt, plan.model.name, plan.iterations, r.seed)
+        for i, r in enumerate(requests)
+    ]
+    warnings: list[str] = []
+    for run in runs:
+        warnings += registry.notify("lora_forge_run_started", RunStart(run))
+    try:
+        with model.use(plan):
+            results = _forge(plan, requests, runs, model, registry, clock, warnings)
+    except BaseException as error:
+        for run in runs:
+            registry.notify("lora_forge_run_failed", RunFailure(run, error))
+        raise
+    for run, result in zip(runs, results, strict=True):
+        registry.notify("lora_forge_run_finished", RunFinish(run, result))
+    return results
+
+
+def _forge(
+    plan: Plan,
+    requests: Sequence[Request],
+    runs: Sequence[RunInfo],
+    model: LoadedModel,
+    registry: Registry,
+    clock: Clock,
+    warnings: list[str],
+) -> list[RunResult]:
+    with clock.phase("prepare"):
+        bank = Bank(model.layers, rank=plan.rank, alpha=plan.alpha, prompts=len(requests), device=model.device)
+        bank.fill(initial_weights(plan, model, requests))
+        view = ModelView(model.backend, model.slot, _texts(plan, requests))
+        warnings += _cut_texts(view)
+        objective = Objective([Term(t.label, t.weight, t.needs, t.chosen.build()) for t in plan.terms], view)
+        optimizers = _optimizers(plan, bank)
+        log = StepLog(runs, registry, warnings)
+    model.slot.bank = bank
+
+    with clock.phase("steps"):
+        reach = Reach(bank)
+        for step in range(1, plan.iterations + 1):
+            values, total = _gradient(objective, bank, view)
+            if step == 1:
+                reach.check(plan)
+            l2 = bank.add_l2(plan.l2)
+            for optimizer in optimizers:
+                optimizer.step()
+            log.record(step, total.detach() + l2, values, l2)
+        log.deliver()
+        if plan.iterations == 0:
+            _gradient(objective, bank, view)
+            reach.check(plan)
+
+    with clock.phase("measure"):
+        factors = scale_to_strength(plan, bank, view)
+        after = _evaluate(plan, objective, bank, view, log)
+        effects = measure_effect(bank, view, reach.reached)
+    with clock.phase("save"):
+        return [
+            _result(plan, request, run, i, bank, model, log, after[i], effects[i], factors[i], reach, warnings, clock)
+            for i, (request, run) in enumerate(zip(requests, runs, strict=True))
+        ]
+
+
+def _gradient(objective: Objective, bank: Bank, view: ModelView) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Fill the bank's gradient with that of the prompts' *sum*: it does not scale with their number."""
+    bank.zero_gradient()
+    view.begin_step()
+    values = objective.values()
+    total = objective.total(values)
+    if not total.requires_grad:
+        raise ObjectiveError(f"the objective ({', '.join(values)}) depends on no trainable layer")
+    total.sum().backward()  # type: ignore[no-untyped-call]
+    return values, total
+
+
+def _evaluate(plan: Plan, objective: Objective, bank: Bank, view: ModelView, log: StepLog) -> list[Values]:
+    """The objective of the weights as they are now, checked like a step's."""
+    view.begin_step()
+    with torch.no_grad():
+        values = objective.values()
+        l2 = bank.l2(plan.l2)
+        return log.read(plan.iterations, objective.total(values) + l2, values, l2)
+
+
+def _optimizers(plan: Plan, bank: Bank) -> list[torch.optim.Optimizer]:
+    make = plan.optimizer.build()
+    if plan.optimizer_spec.elementwise:
+        return [make([bank.parameter])]
+    return [make(bank.rows(prompt)) for prompt in range(bank.prompts)]
+
+
+def _texts(plan: Plan, requests: Sequence[Request]) -> dict[str, list[str]]:
+    """One text per prompt for each encoder in use; the second encoder and later read `prompt_2` if given."""
+    first = plan.backend_spec.encoders[:1]
+    return {
+        encoder: [r.prompt if encoder in first or r.prompt_2 is None else r.prompt_2 for r in requests]
+        for encoder in plan.encoders
+    }
+
+
+def _cut_texts(view: ModelView) -> list[str]:
+    cut = {text for tokens in view.tokens(view.texts).values() for text in tokens.cut if text}
+    return [f"the prompt is longer than the model reads; this is cut off: {text!r}" for text in sorted(cut)]
+
+
+def _result(
+    plan: Plan,
+    request: Request,
+    run: RunInfo,
+    index: int,
+    bank: Bank,
+    model: LoadedModel,
+    log: StepLog,
+    after: Values,
+    effect: Effect,
+    strength: float,
+    reach: Reach,
+    warnings: list[str],
+    clock: Clock,
+) -> RunResult:
+    weights = bank.weights(index)
+    file = save_lora(plan, request, weights, effect, reach, family=model.backend.family)
+    steps = tuple(log.values[index])
+    own = [*warnings, *reach.warnings(plan), *file.warnings]
+    return RunResult(
+        run=run,
+        path=request.output,
+        weights=weights,
+        rank=plan.rank,
+        alpha=plan.alpha,
+        steps=steps,
+        before=steps[0] if steps else after,
+        after=after,
+        effect=effect,
+        inert=tuple(f"{component}.{layer}" for component, layer in reach.inert),
+        dropped=file.dropped,
+        padded=file.padded,
+        strength=strength,
+        warnings=tuple(own),
+        metadata=file.metadata,
+        usage=model.backend.usage(str(request.output or "lora.safetensors"), request.prompt),
+        seconds=clock.seconds,
+    )

@@ -1,0 +1,144 @@
+"""Writing the file: checked before anything heavy, written by a saver, moved into place in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_forge import __version__
+from lora_forge.contracts import LoraWeights, SaveReport, SaveRequest
+from lora_forge.effect import Effect
+from lora_forge.errors import LoraForgeError, OutputError, RunFailed
+from lora_forge.plan import Plan
+from lora_forge.reach import Reach
+
+if TYPE_CHECKING:
+    from lora_forge.runner import Request
+
+RECORD_KEY = "lora_forge"
+RECORD_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """What became of a file: layers left out, layers padded with zeros, metadata, warnings."""
+
+    dropped: tuple[str, ...]
+    padded: tuple[str, ...]
+    metadata: dict[str, str]
+    warnings: tuple[str, ...]
+
+
+def default_output(prompt: str, suffix: str) -> Path:
+    """`output/<the prompt's words>_lora<suffix>`, safe as a file name everywhere."""
+    words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60].rstrip("_")
+    return Path("output") / f"{words or 'prompt'}_lora{suffix}"
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Check that a file can be written at `path`, without leaving one. Raises OutputError."""
+    if path.is_dir():
+        raise OutputError(f"output {str(path)!r} is a directory")
+    if path.exists() and not overwrite:
+        raise OutputError(f"output {str(path)!r} exists; --overwrite replaces it")
+    ancestor = next(folder for folder in path.absolute().parents if folder.exists())
+    if not ancestor.is_dir():
+        raise OutputError(f"output {str(path)!r}: {str(ancestor)!r} is not a directory")
+    try:
+        with tempfile.NamedTemporaryFile(dir=ancestor, prefix=".lora-forge-"):
+            pass
+    except OSError as error:
+        raise OutputError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def save_lora(
+    plan: Plan, request: Request, weights: LoraWeights, effect: Effect, reach: Reach, *, family: str
+) -> SavedFile:
+    """Have the saver write what the file holds, and describe it; write nothing if no output was asked for.
+
+    Raises OutputError when the disk refuses, RunFailed when the saver raises.
+    """
+    dropped = reach.inert if plan.config.inert == "drop" else []
+    kept: LoraWeights = {}
+    for component, layers in weights.items():
+        for layer, pair in layers.items():
+            if (component, layer) not in dropped:
+                kept.setdefault(component, {})[layer] = pair
+    metadata = {RECORD_KEY: json.dumps(_record(plan, request, effect), sort_keys=True, ensure_ascii=False)}
+    if plan.config.date:
+        metadata["modelspec.date"] = plan.config.date
+    names = tuple(f"{component}.{layer}" for component, layer in dropped)
+    if request.output is None:
+        return SavedFile(names, (), metadata, ())
+    save = SaveRequest(
+        path=request.output,
+        weights=kept,
+        rank=plan.rank,
+        alpha=plan.alpha,
+        family=family,
+        prompt=request.prompt,
+        title=request.output.stem,
+        metadata=metadata,
+    )
+    report = _write(plan, save, overwrite=plan.config.overwrite)
+    warnings = []
+    if report.padded and dropped:
+        warnings.append(f"{len(report.padded)} layers of zeros stand in for left-out ones, as the format demands them")
+    return SavedFile(names, report.padded, metadata, tuple(warnings))
+
+
+def _write(plan: Plan, save: SaveRequest, *, overwrite: bool) -> SaveReport:
+    """The file appears by atomic rename only, and with the usual permissions."""
+
+    saver = plan.saver.build()
+    temporary: Path | None = None
+    try:
+        save.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=save.path.parent, prefix=f".{save.path.stem[:40]}-", suffix=save.path.suffix
+        )
+        os.close(handle)
+        temporary = Path(name)
+        report = saver(replace(save, path=temporary))
+        check_output(save.path, overwrite=overwrite)
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, save.path)
+        temporary = None
+    except LoraForgeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"output {str(save.path)!r} cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        raise RunFailed(f"saver {plan.saver.name!r} failed: {type(error).__name__}: {error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return report if isinstance(report, SaveReport) else SaveReport()
+
+
+def _record(plan: Plan, request: Request, effect: Effect) -> dict[str, Any]:
+    packages = ("torch", "transformers", "diffusers", "peft", "safetensors")
+    own = {"prompt": request.prompt, "prompt_2": request.prompt_2, "seed": request.seed}
+    return {
+        "format": RECORD_FORMAT,
+        "run": {**plan.record(), **own},
+        "effect": effect.as_dict(),
+        "versions": {
+            "lora-forge": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+    }
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,111 @@
+"""The Python API: `run` for one prompt, `load` for many prompts in turn on one loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_forge.config.run import RunConfig, read_run_config
+from lora_forge.errors import UsageError
+from lora_forge.plan import Plan, make_plan
+from lora_forge.plugins import Registry, discover
+from lora_forge.result import RunResult
+
+if TYPE_CHECKING:
+    from lora_forge.model import LoadedModel
+
+_OF_THE_MODEL = ("model", "base_model", "device", "dtype", "backend_options", "plugins")
+
+
+class Session:
+    """A loaded model and the plugins of the moment. Made by `load`; close it, or use it in a `with`."""
+
+    def __init__(self, registry: Registry, settings: dict[str, Any], pipeline: Any = None) -> None:
+        self._registry, self._settings, self._pipeline = registry, settings, pipeline
+        self._model: LoadedModel | None = None
+
+    def run(self, prompt: str, **settings: Any) -> RunResult:
+        """Make a LoRA for `prompt`. Settings are the keys of a run config; they win over those of `load`.
+
+        Without `output` no file is written; the result holds the weights.
+        Raises UsageError (and its kinds) for what cannot be done as asked, RunFailed for a run that failed.
+        """
+        fixed = [key for key in settings if key in _OF_THE_MODEL]
+        if fixed:
+            raise UsageError(f"{', '.join(fixed)}: belongs to load(), since the session's model depends on it")
+        config = read_run_config([self._settings, {**settings, "prompt": prompt}])
+        return self.run_plan(make_plan(config, self._registry, in_memory=self._pipeline is not None))
+
+    def run_plan(self, plan: Plan) -> RunResult:
+        """Carry out a plan made with this session's model and plugins."""
+        # Checked before torch is imported, let alone a weight read.
+        output = _checked_output(plan)
+
+        from lora_forge.runner import Clock, Request, forge
+
+        clock = Clock()
+        with clock.phase("open"):
+            model = self._open(plan)
+        config = plan.config
+        request = Request(config.prompt, config.prompt_2, config.seed, output)
+        return forge(plan, [request], model, self._registry, clock)[0]
+
+    def check_plan(self, plan: Plan) -> LoadedModel:
+        """Check a plan against its output path and model without reading weights; the model, opened."""
+        _checked_output(plan)
+        return self._open(plan)
+
+    def _open(self, plan: Plan) -> LoadedModel:
+        from lora_forge.model import open_model
+
+        if self._model is None:
+            self._model = open_model(plan, pipeline=self._pipeline)
+        else:
+            self._model.check(plan)
+        return self._model
+
+    def close(self) -> None:
+        """Let go of the model; a pipeline that was in memory is left as it was found."""
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(
+    model: str = "sdxl_base", *, pipeline: Any = None, plugins: Iterable[str | Path] = (), **settings: Any
+) -> Session:
+    """A session on one base model. Its weights are read when the first run needs them.
+
+    model: name or path of a model config. pipeline: a `StableDiffusionXLPipeline` in memory, to be used in
+    place and left as it was found, instead of reading a base model. plugins: plugin files.
+    settings: keys of a run config that all runs of the session share.
+    """
+    files = [Path(path) for path in plugins]
+    settings = {**settings, "model": model, "plugins": tuple(files)}
+    config: RunConfig = read_run_config([settings])
+    return Session(discover(config.plugins), settings, pipeline)
+
+
+def run(prompt: str, model: str = "sdxl_base", *, pipeline: Any = None, **settings: Any) -> RunResult:
+    """Make a LoRA for one prompt: `load(model, …).run(prompt, …)`, and let go of the model."""
+    of_the_model = {key: settings.pop(key) for key in _OF_THE_MODEL if key in settings}
+    with load(model, pipeline=pipeline, **of_the_model) as session:
+        return session.run(prompt, **settings)
+
+
+def _checked_output(plan: Plan) -> Path | None:
+    if plan.config.output is None:
+        return None
+    from lora_forge.saving import check_output
+
+    path = plan.config.output
+    path = path if path.suffix or path.is_dir() else path.with_suffix(plan.saver_spec.suffix)
+    check_output(path, overwrite=plan.config.overwrite)
+    return path

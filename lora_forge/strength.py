@@ -1,0 +1,65 @@
+"""Scaling a finished LoRA: by a factor, or until the conditioning moves by a stated share."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_forge.bank import Bank
+from lora_forge.batch import ModelView
+from lora_forge.effect import conditioning_shifts
+from lora_forge.errors import RunFailed
+from lora_forge.plan import Plan
+
+TOLERANCE = 1e-3
+MAX_EVALUATIONS = 60
+LARGEST_FACTOR = 2.0**20
+
+
+def scale_to_strength(plan: Plan, bank: Bank, view: ModelView) -> list[float]:
+    """Scale each prompt's ΔW as the run config asks; return the factors, one per prompt.
+
+    Raises RunFailed when no factor gives the shift asked for.
+    """
+    if plan.config.target_shift is not None:
+        factors = _factors_for_shift(plan.config.target_shift, bank, view)
+    else:
+        strength = 1.0 if plan.config.strength is None else plan.config.strength
+        factors = torch.full((bank.prompts,), strength)
+    if bool((factors != 1).any()):
+        bank.scale_result(factors)
+    return [float(factor) for factor in factors]
+
+
+def _factors_for_shift(target: float, bank: Bank, view: ModelView) -> torch.Tensor:
+    """Small shifts grow nearly in proportion: aim by that, and bisect where the aim leaves the bracket."""
+    original = bank.parameter.detach().clone()
+    low, high = torch.zeros(bank.prompts), torch.full((bank.prompts,), LARGEST_FACTOR)
+    factors = torch.ones(bank.prompts)
+    for _ in range(MAX_EVALUATIONS):
+        shifts = _shifts_at(factors, original, bank, view)
+        done = (shifts / target - 1).abs() <= TOLERANCE
+        if bool(done.all()):
+            return factors
+        short = shifts < target
+        low, high = torch.where(short, factors, low), torch.where(short, high, factors)
+        aimed = factors * target / shifts.clamp_min(1e-30)
+        inside = (aimed > low) & (aimed < high) & torch.isfinite(shifts)
+        middle = torch.where(high < LARGEST_FACTOR, (low + high) / 2, low * 4 + 1)
+        factors = torch.where(done, factors, torch.where(inside, aimed, middle))
+        if bool((factors > LARGEST_FACTOR).any()):
+            break
+    with torch.no_grad():
+        bank.parameter.copy_(original)
+    raise RunFailed(
+        f"no strength moves the conditioning by {target:g}; the last tried moved it by {float(shifts[0]):.3g}"
+    )
+
+
+def _shifts_at(factors: torch.Tensor, original: torch.Tensor, bank: Bank, view: ModelView) -> torch.Tensor:
+    with torch.no_grad():
+        bank.parameter.copy_(original)
+        bank.scale_result(factors)
+        view.begin_step()
+        shifts = torch.tensor([prompt[0].relative for prompt in conditioning_shifts(view)])
+        bank.parameter.copy_(original)
+    return shifts

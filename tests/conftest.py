@@ -1,0 +1,47 @@
+"""Fixtures shared by all tests: one cache with one tiny_sdxl, and no way to the Hub."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Workers share the cores between them; more threads than cores would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that tiny_sdxl is made in, once for all workers (or the one the environment names)."""
+    if "LORA_FORGE_CACHE" not in os.environ:
+        base = tmp_path_factory.getbasetemp()
+        shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+        os.environ["LORA_FORGE_CACHE"] = str(shared / "lora-forge-cache")
+    return Path(os.environ["LORA_FORGE_CACHE"])
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(cache_folder: Path) -> Path:
+    """tiny_sdxl as a diffusers folder."""
+    from lora_forge.builtin.sdxl.tiny import tiny_sdxl_folder
+
+    return tiny_sdxl_folder()
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `lora-forge` in a process of its own, as a user would."""
+
+    def run(*arguments: str | Path, **settings: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lora_forge", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)  # type: ignore[call-overload]
+
+    return run
