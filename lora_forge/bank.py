@@ -128,11 +128,11 @@ class Bank:
                 pair.lora_B.mul_(factors.to(pair.lora_B.device).view(-1, 1, 1))
 
     def delta_norms(self) -> dict[tuple[str, str], torch.Tensor]:
-        """Frobenius norm of each layer's ΔW, `(prompts,)`, from the two r × r Gram matrices."""
+        """Frobenius norm of each layer's ΔW, `(prompts,)` float64 on the CPU, from the two r × r Gram matrices."""
         norms = {}
         with torch.no_grad():
             for key, pair in self.pairs.items():
-                a, b = pair.lora_A.double(), pair.lora_B.double()
+                a, b = pair.lora_A.cpu().double(), pair.lora_B.cpu().double()  # double: not every device has it
                 squared = ((a @ a.transpose(1, 2)) * (b.transpose(1, 2) @ b)).sum(dim=(1, 2))
                 norms[key] = self.scale * squared.clamp_min(0).sqrt()
         return norms

@@ -14,6 +14,7 @@ import torch
 from lora_forge.bank import BankSlot
 from lora_forge.contracts import Backend, EncoderOutput, Tokens
 from lora_forge.errors import UndeclaredNeed
+from lora_forge.seeds import generator_for
 
 Texts = tuple[tuple[str, tuple[str, ...]], ...]  # ((encoder, one text per prompt), …)
 
@@ -21,14 +22,18 @@ Texts = tuple[tuple[str, tuple[str, ...]], ...]  # ((encoder, one text per promp
 class ModelView:
     """Runs the adapted and the frozen model on texts, and remembers what it has run.
 
-    texts: for each encoder in use, one text per prompt.
+    texts: for each encoder in use, one text per prompt. seeds: one per prompt. step counts `begin_step`.
     """
 
-    def __init__(self, backend: Backend, slot: BankSlot, texts: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, backend: Backend, slot: BankSlot, texts: Mapping[str, Sequence[str]], seeds: Sequence[int], device: str
+    ) -> None:
         self.backend, self.slot = backend, slot
+        self.seeds, self.device = tuple(seeds), device
+        self.step = 0
         self.encoders = tuple(texts)
         self.texts: Texts = tuple((encoder, tuple(rows)) for encoder, rows in texts.items())
-        self.prompts = len(next(iter(texts.values()))) if texts else 0
+        self.prompts = len(self.seeds)
         self._tokens: dict[tuple[str, tuple[str, ...]], Tokens] = {}
         self._adapted: dict[tuple[Texts, bool], dict[str, EncoderOutput]] = {}
         self._frozen: dict[tuple[Texts, bool], dict[str, EncoderOutput]] = {}
@@ -36,6 +41,7 @@ class ModelView:
     def begin_step(self) -> None:
         """Forget what the adapted model said; its weights have moved."""
         self._adapted.clear()
+        self.step += 1
 
     def tokens(self, texts: Texts) -> dict[str, Tokens]:
         for encoder, rows in texts:
@@ -114,6 +120,18 @@ class Batch:
         """What the denoiser is conditioned on, by name, each `(prompts, …)`, from encoder outputs."""
         self._require("text")
         return self._view.backend.conditioning(outputs)
+
+    def randn(self, name: str, *shape: int) -> torch.Tensor:
+        """Normal noise `(prompts, *shape)`, float32, new at every step.
+
+        It depends on a prompt's seed, the loss, the step and `name`, and on nothing else: neither on the
+        device nor on the prompts beside it.
+        """
+        rows = [
+            torch.randn(shape, generator=generator_for(f"{seed}/{self._loss}/{self._view.step}/{name}"))
+            for seed in self._view.seeds
+        ]
+        return torch.stack(rows).to(self._view.device)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -83,7 +83,6 @@ class SaveRequest:
     alpha: float
     family: str
     prompt: str
-    title: str
     metadata: Mapping[str, str]
 
 

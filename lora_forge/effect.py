@@ -80,7 +80,7 @@ def conditioning_shifts(view: ModelView) -> list[list[Shift]]:
 
 
 def _flat(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.double().flatten(1).cpu() for name, tensor in parts.items()}
+    return {name: tensor.cpu().double().flatten(1) for name, tensor in parts.items()}
 
 
 def _shift(name: str, before: torch.Tensor, after: torch.Tensor) -> Shift:
@@ -91,7 +91,7 @@ def _shift(name: str, before: torch.Tensor, after: torch.Tensor) -> Shift:
 
 
 def _component_effects(bank: Bank, view: ModelView, reached: Collection[LayerKey]) -> list[tuple[ComponentEffect, ...]]:
-    norms = {key: value.cpu() for key, value in bank.delta_norms().items()}
+    norms = bank.delta_norms()
     base = {key: view.backend.weight_norm(*key) for key in norms}
     components = list(dict.fromkeys(component for component, _ in norms))
     effects = []

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 class LoraForgeError(Exception):
     """Base of all errors raised on purpose; its message is meant for the user. Exit code 1."""
 
     exit_code = 1
+
+
+class Terminated(BaseException):
+    """SIGTERM, unwinding like Ctrl-C so that nothing half-written stays. Exit code 143."""
 
 
 class UsageError(LoraForgeError):
@@ -31,10 +37,13 @@ class Problem:
 
 
 class ConfigError(UsageError):
-    """Mistakes in a run config, model config or plugin options, all of them at once."""
+    """Mistakes in a run config, model config or plugin options, all of them at once.
 
-    def __init__(self, source: str, problems: Iterable[Problem]) -> None:
-        self.source = source
+    usable: what could be read all the same, so that whoever can check more of it reports that too.
+    """
+
+    def __init__(self, source: str, problems: Iterable[Problem], *, usable: Any = None) -> None:
+        self.source, self.usable = source, usable
         self.problems = tuple(problems)
         prefix = f"{source}: " if source else ""
         if len(self.problems) == 1:
@@ -72,6 +81,18 @@ class RunFailed(LoraForgeError):
         super().__init__(message)
         self.step = step
         self.term = term
+
+
+@contextmanager
+def blaming(plugin: str, *, term: str | None = None, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Within this a plugin's code runs: whatever it raises, `but` some, becomes a RunFailed that names it."""
+    try:
+        yield
+    except (LoraForgeError, *but):
+        raise
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+        raise RunFailed(f"{plugin} failed: {reason}", term=term) from error
 
 
 class UndeclaredNeed(RunFailed):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_forge.contracts import InitialLayer, LoraWeights, TargetLayer
-from lora_forge.errors import LoraForgeError, RunFailed
+from lora_forge.errors import blaming
 from lora_forge.files.read import read_lora
 from lora_forge.model import LoadedModel
 from lora_forge.plan import Plan
@@ -43,10 +43,6 @@ def initial_weights(plan: Plan, model: LoadedModel, requests: Sequence[Request])
 def _initialize(initializer, layer: TargetLayer, plan: Plan, seed: int) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
     generator = layer_generator(seed, layer.component, layer.name)
     initial = InitialLayer(layer.component, layer.name, layer.out_features, layer.in_features, plan.rank, generator)
-    try:
+    with blaming(f"initializer {plan.initializer.name!r}"):
         lora_a, lora_b = initializer(initial)
         return {"lora_A": lora_a.float(), "lora_B": lora_b.float()}
-    except LoraForgeError:
-        raise
-    except Exception as error:
-        raise RunFailed(f"initializer {plan.initializer.name!r} failed: {type(error).__name__}: {error}") from error

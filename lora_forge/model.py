@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_forge.bank import BankSlot
+from lora_forge.clock import Clock
 from lora_forge.config.model import expand_targets
 from lora_forge.contracts import Backend, BackendRequest, TargetLayer
 from lora_forge.errors import ModelError
@@ -28,10 +29,10 @@ class LoadedModel:
         self.backend.check_files(plan.load)
 
     @contextmanager
-    def use(self, plan: Plan) -> Iterator[None]:
+    def use(self, plan: Plan, clock: Clock) -> Iterator[None]:
         """Have what the plan needs loaded and adapted; afterwards no bank is left in the slot."""
         fresh = [component for component in plan.load if component not in self._adapted]
-        if fresh:
+        with clock.phase("load"):
             self.backend.load(fresh)
             layers = [layer for layer in self.layers if layer.component in fresh]
             self.backend.adapt(layers, plan.rank, plan.alpha, self.slot)
@@ -53,7 +54,7 @@ def open_model(plan: Plan, *, pipeline: Any = None) -> LoadedModel:
     Raises ModelError for an absent device or a model that is not whole, ConfigError for target layers
     that do not fit it.
     """
-    device = resolve_device(plan.config.device) if pipeline is None else str(pipeline.device)
+    device = resolve_device(plan.config.device) if pipeline is None else str(getattr(pipeline, "device", "cpu"))
     request = BackendRequest(plan.base_model, device, plan.config.dtype, pipeline)
     model = LoadedModel(plan.backend.build()(request), device)
     model.check(plan)

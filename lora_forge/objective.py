@@ -9,7 +9,7 @@ import torch
 
 from lora_forge.batch import Batch, ModelView
 from lora_forge.contracts import Loss
-from lora_forge.errors import LoraForgeError, RunFailed
+from lora_forge.errors import RunFailed, blaming
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,8 @@ class Objective:
         return torch.stack(weighted).sum(dim=0)
 
     def _value(self, term: Term, batch: Batch) -> torch.Tensor:
-        try:
+        with blaming(f"loss {term.label!r}", term=term.label):
             value = term.loss(batch)
-        except LoraForgeError:
-            raise
-        except Exception as error:
-            raise RunFailed(f"loss {term.label!r} failed: {type(error).__name__}: {error}", term=term.label) from error
         if not isinstance(value, torch.Tensor) or value.shape != (self._prompts,):
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise RunFailed(

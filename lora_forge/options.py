@@ -138,7 +138,7 @@ def read_value(hint: Any, value: Any) -> Any:
     if origin in (list, tuple):
         return _read_sequence(hint, value)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return hint(_read_literal(tuple(member.value for member in hint), value))
+        return value if isinstance(value, hint) else hint(_read_literal(tuple(member.value for member in hint), value))
     reader = _READERS.get(hint)
     if reader is None:
         raise Unfit(f"has a type this release cannot read: {hint!r}")
@@ -167,7 +167,10 @@ def _read_int(value: Any) -> int:
 def _read_float(value: Any) -> float:
     number: float | None = None
     if isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
     elif isinstance(value, Text):
         try:
             number = float(value)
@@ -230,7 +233,7 @@ def _read_sequence(hint: Any, value: Any) -> Any:
         text = value.strip()
         try:
             value = json.loads(text) if text.startswith("[") else [Text(part.strip()) for part in text.split(",")]
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise Unfit(f"expected a list, got {value!r}") from error
     if not isinstance(value, list | tuple):
         raise Unfit(f"expected a list, got {value!r}")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from lora_forge.config.model import ModelConfig, read_model_config
+from lora_forge.config.model import ModelConfig, expand_targets, read_model_config
 from lora_forge.config.run import Choice, RunConfig
-from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, Problem
+from lora_forge.contracts import BackendRequest
+from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, PluginError, Problem
 from lora_forge.options import options_as_dict, parse_options
 from lora_forge.plugins import Registry, Supplied, build
 from lora_forge.records import BackendSpec, LossSpec, OptimizerSpec, SaverSpec
@@ -37,7 +39,7 @@ class Chosen:
 
     def record(self) -> dict[str, Any]:
         """Name, options and provenance, as written into the file's metadata."""
-        return {**self.supplied.provenance(), "options": options_as_dict(self.options)}
+        return {**self.supplied.provenance(), "options": _portable_options(self.options)}
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,14 @@ class Plan:
     def saver_spec(self) -> SaverSpec:
         return cast(SaverSpec, self.saver.supplied.spec)
 
+    @property
+    def output(self) -> Path | None:
+        """The file to write, with the saver's suffix if it was named without one."""
+        path = self.config.output
+        if path is None or path.suffix or os.path.isdir(path):
+            return path
+        return path.with_suffix(self.saver_spec.suffix)
+
     def record(self) -> dict[str, Any]:
         """The resolved run as JSON-ready values, without a path of this machine in it."""
         config = self.config
@@ -104,7 +114,7 @@ class Plan:
             "initializer": self.initializer.record(),
             "optimizer": self.optimizer.record(),
             "saver": self.saver.record(),
-            "backend": {**self.backend.supplied.provenance(), "options": _portable_options(self.backend.options)},
+            "backend": self.backend.record(),
         }
 
     def run_id(self) -> str:
@@ -112,30 +122,37 @@ class Plan:
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def make_plan(config: RunConfig, registry: Registry, *, in_memory: bool = False) -> Plan:
-    """Resolve a run config. Imports nothing heavy, and reads no more than the model config.
+def make_plan(
+    config: RunConfig,
+    registry: Registry,
+    *,
+    in_memory: bool = False,
+    mistakes: Sequence[Problem] = (),
+    source: str = "",
+) -> Plan:
+    """Resolve a run config. Imports nothing heavy unless the model config has mistakes, and reads no weights.
 
     in_memory: the model is a pipeline already loaded, so that no base model need be named.
+    mistakes: those already found in the run config, to be reported together with what is found here.
     Raises ConfigError with every mistake, or ObjectiveError.
     """
-    problems: list[Problem] = []
-    if not config.prompt.strip():
-        problems.append(Problem("prompt", "is empty" if not config.prompt else "is blank"))
-    model = _collect(problems, lambda: read_model_config(config.model))
-    if model is None:  # nothing else can be resolved without it
-        raise ConfigError("", problems)
-    backend = _choose(registry, "backend", Choice(model.backend, config.backend_options), problems)
+    problems: list[Problem] = [*mistakes]
+    problems += _without_consequences(_text_problems(config), mistakes)
+    model, whole = _read_model(config, problems)
+    backend = _choose(registry, "backend", Choice(model.backend, config.backend_options), problems) if model else None
     initializer = _choose(registry, "initializer", config.initializer, problems)
     optimizer = _choose(registry, "optimizer", _with_learning_rate(registry, config.optimizer, model), problems)
     saver = _choose(registry, "saver", config.saver, problems)
     terms = _terms(registry, config, problems)
-    base_model = config.base_model or model.base_model
-    if not base_model and not in_memory:
+    base_model = config.base_model or (model.base_model if model else None)
+    if model and not base_model and not in_memory:
         problems.append(Problem("base_model", f"model config {model.name!r} names none; give one"))
-    if config.init_from and not config.init_from.is_file():
+    if config.init_from and not os.path.isfile(config.init_from):
         problems.append(Problem("init_from", f"{str(config.init_from)!r} does not exist"))
-    if problems or not (backend and initializer and optimizer and saver):
-        raise ConfigError("", problems)
+    if backend and model and not whole:
+        problems += _without_consequences(_against_architecture(model, backend, base_model, config), problems)
+    if problems or not (model and backend and initializer and optimizer and saver):
+        raise ConfigError(source if mistakes else "", problems)
     load, encoders = _components(cast(BackendSpec, backend.supplied.spec), model, terms, config)
     return Plan(
         config=config,
@@ -155,9 +172,53 @@ def make_plan(config: RunConfig, registry: Registry, *, in_memory: bool = False)
     )
 
 
-def portable(base_model: str) -> str:
+def portable(value: str) -> str:
     """A Hub id or known name as it is; of a path on this machine, the last part only."""
-    return Path(base_model).name if Path(base_model).exists() else base_model
+    return Path(value).name if os.path.exists(value) else value
+
+
+def _text_problems(config: RunConfig) -> list[Problem]:
+    problems = []
+    if not config.prompt.strip():
+        problems.append(Problem("prompt", "is empty" if not config.prompt else "is blank"))
+    for key, text in (("prompt", config.prompt), ("prompt_2", config.prompt_2 or "")):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            problems.append(Problem(key, f"is not valid Unicode: {text!r}"))
+    return problems
+
+
+def _read_model(config: RunConfig, problems: list[Problem]) -> tuple[ModelConfig | None, bool]:
+    """The model config, or what is usable of it, and whether it is whole."""
+    try:
+        return read_model_config(config.model), True
+    except ConfigError as error:
+        problems += [Problem(f"{error.source}: {p.key}".rstrip(": "), p.message) for p in error.problems]
+        return error.usable, False
+    except LoraForgeError as error:
+        problems.append(Problem("model", str(error)))
+        return None, False
+
+
+def _against_architecture(
+    model: ModelConfig, backend: Chosen, base_model: str | None, config: RunConfig
+) -> list[Problem]:
+    """What else is wrong with a model config that has mistakes, if the base model is on this machine."""
+    if not base_model or ("/" in base_model and not os.path.exists(base_model)):
+        return []
+    try:
+        opened = backend.build()(BackendRequest(base_model, "cpu", "float32"))
+        expand_targets(model, opened.architecture(), rank=config.rank or model.lora_rank)
+    except ConfigError as error:
+        return [Problem(f"{Path(config.model).name}: {p.key}", p.message) for p in error.problems]
+    except LoraForgeError:
+        pass  # the base model's own mistakes come when the config has none
+    return []
+
+
+def _without_consequences(problems: Sequence[Problem], earlier: Sequence[Problem]) -> list[Problem]:
+    """Problems without those that only follow from an earlier one, with the same key or the key above it."""
+    keys = [one.key for one in earlier if one.key]
+    return [p for p in problems if not any(p.key == key or p.key.startswith(f"{key}.") for key in keys)]
 
 
 def _components(
@@ -195,22 +256,35 @@ def _terms(registry: Registry, config: RunConfig, problems: list[Problem]) -> tu
         spec = cast(LossSpec, chosen.supplied.spec)
         same = sum(term.chosen.name == spec.name for term in terms)
         label = f"{spec.name}#{same + 1}" if same else spec.name
-        terms.append(ChosenTerm(label, choice.weight, spec.needs_for(chosen.options), chosen))
+        try:
+            terms.append(ChosenTerm(label, choice.weight, _needs(spec, chosen), chosen))
+        except PluginError as error:
+            problems.append(Problem("loss", str(error)))
     return tuple(terms)
 
 
+def _needs(spec: LossSpec, chosen: Chosen) -> frozenset[str]:
+    try:
+        return spec.needs_for(chosen.options)
+    except Exception as error:
+        name = chosen.supplied.qualified_name
+        raise PluginError(f"loss {name!r} cannot say what it needs: {type(error).__name__}: {error}") from error
+
+
 def _choose(registry: Registry, kind: str, choice: Choice, problems: list[Problem]) -> Chosen | None:
-    supplied = _collect(problems, lambda: registry.resolve(kind, choice.name))
-    if supplied is None:
+    try:
+        supplied = registry.resolve(kind, choice.name)
+    except LoraForgeError as error:
+        problems.append(Problem(kind, str(error)))
         return None
     options, mistakes = parse_options(supplied.spec.options, choice.options, key=supplied.spec.name)
     problems += mistakes
     return None if mistakes else Chosen(supplied, options)
 
 
-def _with_learning_rate(registry: Registry, choice: Choice, model: ModelConfig) -> Choice:
+def _with_learning_rate(registry: Registry, choice: Choice, model: ModelConfig | None) -> Choice:
     """A model config's `learning_rate` fills `lr` of an optimizer that has one."""
-    if model.learning_rate is None:
+    if model is None or model.learning_rate is None:
         return choice
     try:
         options = registry.resolve("optimizer", choice.name).spec.options
@@ -219,17 +293,6 @@ def _with_learning_rate(registry: Registry, choice: Choice, model: ModelConfig) 
     if "lr" not in (field.name for field in dataclasses.fields(options)):
         return choice
     return Choice(choice.name, {"lr": model.learning_rate, **choice.options})
-
-
-def _collect(problems: list[Problem], make: Callable[[], Any]) -> Any:
-    """What `make` makes, or None with its mistakes noted, so that others are reported with them."""
-    try:
-        return make()
-    except ConfigError as error:
-        problems += [Problem(f"{error.source}: {p.key}".rstrip(": "), p.message) for p in error.problems]
-    except LoraForgeError as error:
-        problems.append(Problem("", str(error)))
-    return None
 
 
 def _first(*candidates: Any) -> Any:
@@ -241,5 +304,9 @@ def _named_file(path: Path | None) -> str | None:
 
 
 def _portable_options(options: Any) -> dict[str, Any]:
-    values = options_as_dict(options)
-    return {name: portable(value) if isinstance(value, str) else value for name, value in values.items()}
+    """An options instance as JSON-ready values, without a path of this machine in it."""
+    paths = {f.name for f in dataclasses.fields(options) if isinstance(getattr(options, f.name), Path)}
+    return {
+        name: Path(value).name if name in paths else portable(value) if isinstance(value, str) else value
+        for name, value in options_as_dict(options).items()
+    }

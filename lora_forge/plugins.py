@@ -12,11 +12,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +26,9 @@ from typing import Any
 import pluggy
 
 from lora_forge import hookspecs
-from lora_forge.errors import PluginError, nearest
+from lora_forge.errors import PluginError, Terminated, nearest
 from lora_forge.hookspecs import EXTENSION_POINTS, LIFECYCLE_EVENTS, PROJECT
+from lora_forge.options import describe_options
 from lora_forge.records import NEEDS, LossSpec, Spec
 
 ENTRY_POINT_GROUP = "lora_forge"
@@ -95,7 +97,7 @@ class Registry:
             self._manager.register(module, name=plugin.id)
             plugin = replace(plugin, module=getattr(module, "__name__", plugin.module))
             fresh = list(self._collect(plugin))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             raise
         except BaseException as error:
             if self._manager.has_plugin(plugin.id):
@@ -123,15 +125,21 @@ class Registry:
                 failures.append(f"{implementation.plugin_name} failed in {hook_name}: {_one_line(error)}")
         return failures
 
+    def candidates(self, kind: str, name: str) -> list[Supplied]:
+        """Every spec that goes by a name, or by `dist:name`."""
+        distribution, _, bare = name.rpartition(":")
+        return [
+            one
+            for one in self.supplied[kind]
+            if one.spec.name == bare and (not distribution or _same_distribution(one.plugin.distribution, distribution))
+        ]
+
     def resolve(self, kind: str, name: str) -> Supplied:
         """The spec a name means: a built-in always wins a bare name; `dist:name` picks a distribution's.
 
         Raises PluginError when the name is unknown, or when two plugins supply it.
         """
-        distribution, _, bare = name.rpartition(":")
-        candidates = [one for one in self.supplied[kind] if one.spec.name == bare]
-        if distribution:
-            candidates = [one for one in candidates if _same_distribution(one.plugin.distribution, distribution)]
+        candidates = self.candidates(kind, name)
         builtin = [one for one in candidates if one.is_builtin]
         if builtin:
             return builtin[0]
@@ -139,17 +147,23 @@ class Registry:
             choices = " or ".join(repr(one.qualified_name) for one in candidates)
             if len({one.qualified_name for one in candidates}) == 1:
                 choices = f"uninstalling one of {', '.join(one.plugin.id for one in candidates)}"
-            raise PluginError(f"{len(candidates)} plugins supply the {kind} {bare!r}; say which: {choices}")
+            raise PluginError(f"{len(candidates)} plugins supply the {kind} {name!r}; say which: {choices}")
         if not candidates:
             raise PluginError(self._unknown(kind, name))
         return candidates[0]
 
     def _unknown(self, kind: str, name: str) -> str:
         known = [one.qualified_name if ":" in name else one.spec.name for one in self.supplied[kind]]
-        message = f"unknown {kind} {name!r}{nearest(name, known)}"
-        for plugin in self.broken:
-            message += f"\n  it may have come from {plugin.id}, which is broken: {plugin.error}"
-        return message
+        return f"unknown {kind} {name!r}{nearest(name, known)}{self.suspects(name)}"
+
+    def suspects(self, name: str) -> str:
+        """The broken plugins an unknown name may have come from, one line each; of its distribution if it names one."""
+        distribution = name.rpartition(":")[0]
+        return "".join(
+            f"\n  it may have come from {plugin.id}, which is broken: {plugin.error}"
+            for plugin in self.broken
+            if not distribution or _same_distribution(plugin.distribution, distribution)
+        )
 
     def _collect(self, plugin: Plugin) -> Iterable[Spec]:
         seen: set[tuple[str, str]] = set()
@@ -176,12 +190,11 @@ def discover(files: Sequence[Path] = ()) -> Registry:
     version = _own_version()
     for name in BUILTIN_MODULES:
         module = f"lora_forge.builtin.{name}"
-        load = functools.partial(importlib.import_module, module)
-        registry.add(Plugin(f"{BUILTIN}:{name}", BUILTIN, version, module), load)
-    for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=_entry_key):
-        distribution = entry.dist.name if entry.dist else "unknown"
-        entry_version = entry.dist.version if entry.dist else "unknown"
-        registry.add(Plugin(f"{distribution}:{entry.name}", distribution, entry_version, entry.value), entry.load)
+        registry.add(
+            Plugin(f"{BUILTIN}:{name}", BUILTIN, version, module), functools.partial(importlib.import_module, module)
+        )
+    for plugin, load in sorted(_installed(), key=lambda one: one[0].id):
+        registry.add(plugin, load)
     for path in files:
         _add_file(registry, path)
     return registry
@@ -202,14 +215,12 @@ def build(supplied: Supplied, options: Any) -> Callable[..., Any]:
             constructor: Callable[..., Any] = factory
             made: Callable[..., Any] = constructor(*([options] if inspect.signature(constructor).parameters else []))
             return made
-    except KeyboardInterrupt:
-        raise
-    except Exception as error:
+        function: Callable[..., Any] = factory
+        if "options" in inspect.signature(function).parameters:
+            return functools.partial(function, options=options)
+        return function
+    except (Exception, SystemExit) as error:
         raise PluginError(f"{spec.kind} {supplied.qualified_name!r} cannot be built: {_one_line(error)}") from error
-    function: Callable[..., Any] = factory
-    if "options" in inspect.signature(function).parameters:
-        return functools.partial(function, options=options)
-    return function
 
 
 def _new_manager() -> pluggy.PluginManager:
@@ -218,11 +229,42 @@ def _new_manager() -> pluggy.PluginManager:
     return manager
 
 
+def _installed() -> Iterator[tuple[Plugin, Callable[[], Any]]]:
+    """Every entry point of the group. Distributions are read one by one: an unreadable one hides no other."""
+    seen: set[tuple[str, str]] = set()
+    for distribution in importlib.metadata.distributions():
+        try:
+            entries = [(e.name, e.value, e.load) for e in distribution.entry_points.select(group=ENTRY_POINT_GROUP)]
+        except Exception as error:
+            entries = [("entry_points.txt", "", functools.partial(_raise, error))]
+        for entry_name, value, load in entries:
+            name, version = _name_and_version(distribution)
+            if (name, entry_name) not in seen:  # the first on the path is the one Python imports
+                seen.add((name, entry_name))
+                yield Plugin(f"{name}:{entry_name}", name, version, value), load
+
+
+def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
+    try:
+        return distribution.name or "unknown", distribution.version or "unknown"
+    except Exception:  # metadata that is missing or unreadable
+        return "unknown", "unknown"
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def _add_file(registry: Registry, path: Path) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PluginError(f"plugin file {str(path)!r} does not exist")
+    if any(plugin.id == f"{path.stem}:file" for plugin in registry.plugins):
+        raise PluginError(f"plugin file {str(path)!r}: another plugin file is named {path.stem!r} too")
     module_name = f"lora_forge_file_{path.stem}"
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise PluginError(f"plugin file {str(path)!r} cannot be read: {error.strerror}") from error
 
     def load() -> ModuleType:
         spec = importlib.util.spec_from_file_location(module_name, path)
@@ -262,18 +304,20 @@ def _check_spec(spec: Any, spec_type: type[Spec], hook_name: str) -> None:
         raise PluginError(f"{hook_name} yields a bad name {spec.name!r}: lower-case letters, digits, '_' and '-'")
     if not isinstance(spec.options, type) or not is_dataclass(spec.options):
         raise PluginError(f"{spec.name}: options must be a dataclass type")
+    for text in ("summary", "formula", "source", "suffix"):
+        if not isinstance(getattr(spec, text, ""), str):
+            raise PluginError(f"{spec.name}: {text} must be text, got {getattr(spec, text)!r}")
+    describe_options(spec.options)  # raises where a type or a default cannot be evaluated
     if isinstance(spec.factory, str) and not re.match(r"[\w.]+:\w+\Z", spec.factory):
         raise PluginError(f"{spec.name}: factory must be 'package.module:Name', got {spec.factory!r}")
     if not isinstance(spec.factory, str) and not callable(spec.factory):
         raise PluginError(f"{spec.name}: factory is neither a dotted string nor a callable")
     if isinstance(spec, LossSpec) and not callable(spec.needs):
-        unknown = [need for need in spec.needs if need not in NEEDS]
-        if isinstance(spec.needs, str) or unknown:
-            raise PluginError(f"{spec.name}: unknown need {unknown or spec.needs!r}; known: {', '.join(NEEDS)}")
-
-
-def _entry_key(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
-    return (entry.dist.name if entry.dist else "", entry.name)
+        if isinstance(spec.needs, str):
+            raise PluginError(f"{spec.name}: needs must be a set of words, got {spec.needs!r}")
+        for need in spec.needs:
+            if need not in NEEDS:
+                raise PluginError(f"{spec.name}: unknown need {need!r}{nearest(need, NEEDS)}")
 
 
 def _same_distribution(one: str, other: str) -> bool:
@@ -287,5 +331,8 @@ def _own_version() -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # an error that cannot say what it is
+        text = ""
     return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_forge.effect import Effect
 from lora_forge.events import RunInfo
 
 if TYPE_CHECKING:
     from lora_forge.contracts import LoraWeights
+    from lora_forge.effect import Effect
 
 
 @dataclass(frozen=True)

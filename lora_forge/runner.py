@@ -5,18 +5,18 @@ All prompts of a call train side by side in one bank; a single run is a bank of 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lora_forge.bank import Bank
 from lora_forge.batch import ModelView
+from lora_forge.clock import Clock
 from lora_forge.effect import Effect, measure_effect
-from lora_forge.errors import ObjectiveError
+from lora_forge.errors import ObjectiveError, blaming
 from lora_forge.events import RunFailure, RunFinish, RunInfo, RunStart
 from lora_forge.initial import initial_weights
 from lora_forge.model import LoadedModel
@@ -40,21 +40,6 @@ class Request:
     output: Path | None
 
 
-@dataclass
-class Clock:
-    """Seconds by phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def forge(
     plan: Plan, requests: Sequence[Request], model: LoadedModel, registry: Registry, clock: Clock
 ) -> list[RunResult]:
@@ -68,19 +53,36 @@ def forge(
         RunInfo(f"{batch_id}-{i}", batch_id, r.prompt, plan.model.name, plan.iterations, r.seed)
         for i, r in enumerate(requests)
     ]
-    warnings: list[str] = []
-    for run in runs:
-        warnings += registry.notify("lora_forge_run_started", RunStart(run))
-    try:
-        with model.use(plan):
-            results = _forge(plan, requests, runs, model, registry, clock, warnings)
-    except BaseException as error:
+    notes: list[str] = []
+    with model.use(plan, clock):
         for run in runs:
-            registry.notify("lora_forge_run_failed", RunFailure(run, error))
-        raise
-    for run, result in zip(runs, results, strict=True):
-        registry.notify("lora_forge_run_finished", RunFinish(run, result))
-    return results
+            notes += registry.notify("lora_forge_run_started", RunStart(run))
+        try:
+            results = _forge(plan, requests, runs, model, registry, clock, notes)
+        except BaseException as error:
+            for run in runs:
+                for note in registry.notify("lora_forge_run_failed", RunFailure(run, error)):
+                    error.add_note(note)
+            raise
+    return [_announced(registry, run, result) for run, result in zip(runs, results, strict=True)]
+
+
+def _announced(registry: Registry, run: RunInfo, result: RunResult) -> RunResult:
+    """The result once its observers have seen it, with what went wrong in them."""
+    notes = registry.notify("lora_forge_run_finished", RunFinish(run, result))
+    return replace(result, warnings=(*result.warnings, *notes))
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What the step loop leaves behind, for all prompts: lists and banks are in the requests' order."""
+
+    bank: Bank
+    log: StepLog
+    reach: Reach
+    after: list[Values]
+    effects: list[Effect]
+    factors: list[float]
 
 
 def _forge(
@@ -90,16 +92,17 @@ def _forge(
     model: LoadedModel,
     registry: Registry,
     clock: Clock,
-    warnings: list[str],
+    notes: list[str],
 ) -> list[RunResult]:
     with clock.phase("prepare"):
         bank = Bank(model.layers, rank=plan.rank, alpha=plan.alpha, prompts=len(requests), device=model.device)
         bank.fill(initial_weights(plan, model, requests))
-        view = ModelView(model.backend, model.slot, _texts(plan, requests))
-        warnings += _cut_texts(view)
+        view = ModelView(model.backend, model.slot, _texts(plan, requests), [r.seed for r in requests], model.device)
+        notes += _cut_texts(view)
         objective = Objective([Term(t.label, t.weight, t.needs, t.chosen.build()) for t in plan.terms], view)
         optimizers = _optimizers(plan, bank)
-        log = StepLog(runs, registry, warnings)
+        plan.saver.build()  # a saver that cannot be built is better known now than after the last step
+        log = StepLog(runs, registry, notes)
     model.slot.bank = bank
 
     with clock.phase("steps"):
@@ -109,8 +112,9 @@ def _forge(
             if step == 1:
                 reach.check(plan)
             l2 = bank.add_l2(plan.l2)
-            for optimizer in optimizers:
-                optimizer.step()
+            with blaming(f"optimizer {plan.optimizer.name!r}"):
+                for optimizer in optimizers:
+                    optimizer.step()
             log.record(step, total.detach() + l2, values, l2)
         log.deliver()
         if plan.iterations == 0:
@@ -121,11 +125,9 @@ def _forge(
         factors = scale_to_strength(plan, bank, view)
         after = _evaluate(plan, objective, bank, view, log)
         effects = measure_effect(bank, view, reach.reached)
+        trained = _Trained(bank, log, reach, after, effects, factors)
     with clock.phase("save"):
-        return [
-            _result(plan, request, run, i, bank, model, log, after[i], effects[i], factors[i], reach, warnings, clock)
-            for i, (request, run) in enumerate(zip(requests, runs, strict=True))
-        ]
+        return [_result(plan, requests[i], runs[i], i, trained, model, clock, notes) for i in range(len(requests))]
 
 
 def _gradient(objective: Objective, bank: Bank, view: ModelView) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -136,7 +138,10 @@ def _gradient(objective: Objective, bank: Bank, view: ModelView) -> tuple[dict[s
     total = objective.total(values)
     if not total.requires_grad:
         raise ObjectiveError(f"the objective ({', '.join(values)}) depends on no trainable layer")
-    total.sum().backward()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        # One prompt's row of the bank is contiguous, a column of several is not; torch remarks on that once.
+        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
+        total.sum().backward()  # type: ignore[no-untyped-call]
     return values, total
 
 
@@ -151,9 +156,10 @@ def _evaluate(plan: Plan, objective: Objective, bank: Bank, view: ModelView, log
 
 def _optimizers(plan: Plan, bank: Bank) -> list[torch.optim.Optimizer]:
     make = plan.optimizer.build()
-    if plan.optimizer_spec.elementwise:
-        return [make([bank.parameter])]
-    return [make(bank.rows(prompt)) for prompt in range(bank.prompts)]
+    with blaming(f"optimizer {plan.optimizer.name!r}"):
+        if plan.optimizer_spec.elementwise:
+            return [make([bank.parameter])]
+        return [make(bank.rows(prompt)) for prompt in range(bank.prompts)]
 
 
 def _texts(plan: Plan, requests: Sequence[Request]) -> dict[str, list[str]]:
@@ -175,20 +181,16 @@ def _result(
     request: Request,
     run: RunInfo,
     index: int,
-    bank: Bank,
+    trained: _Trained,
     model: LoadedModel,
-    log: StepLog,
-    after: Values,
-    effect: Effect,
-    strength: float,
-    reach: Reach,
-    warnings: list[str],
     clock: Clock,
+    notes: Sequence[str],
 ) -> RunResult:
-    weights = bank.weights(index)
+    weights = trained.bank.weights(index)
+    effect, reach = trained.effects[index], trained.reach
     file = save_lora(plan, request, weights, effect, reach, family=model.backend.family)
-    steps = tuple(log.values[index])
-    own = [*warnings, *reach.warnings(plan), *file.warnings]
+    steps = tuple(trained.log.values[index])
+    after = trained.after[index]
     return RunResult(
         run=run,
         path=request.output,
@@ -202,8 +204,8 @@ def _result(
         inert=tuple(f"{component}.{layer}" for component, layer in reach.inert),
         dropped=file.dropped,
         padded=file.padded,
-        strength=strength,
-        warnings=tuple(own),
+        strength=trained.factors[index],
+        warnings=(*notes, *reach.warnings(plan), *file.warnings),
         metadata=file.metadata,
         usage=model.backend.usage(str(request.output or "lora.safetensors"), request.prompt),
         seconds=clock.seconds,

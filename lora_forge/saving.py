@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import tempfile
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_forge import __version__
 from lora_forge.contracts import LoraWeights, SaveReport, SaveRequest
-from lora_forge.effect import Effect
-from lora_forge.errors import LoraForgeError, OutputError, RunFailed
+from lora_forge.errors import OutputError, blaming
+from lora_forge.files.names import file_stem
 from lora_forge.plan import Plan
-from lora_forge.reach import Reach
 
 if TYPE_CHECKING:
+    from lora_forge.effect import Effect
+    from lora_forge.reach import Reach
     from lora_forge.runner import Request
 
 RECORD_KEY = "lora_forge"
@@ -37,25 +37,29 @@ class SavedFile:
 
 
 def default_output(prompt: str, suffix: str) -> Path:
-    """`output/<the prompt's words>_lora<suffix>`, safe as a file name everywhere."""
-    words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60].rstrip("_")
-    return Path("output") / f"{words or 'prompt'}_lora{suffix}"
+    """`output/<the prompt's words>_lora<suffix>`."""
+    return Path("output") / f"{file_stem(prompt)}{suffix}"
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Check that a file can be written at `path`, without leaving one. Raises OutputError."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputError(f"output {str(path)!r} is a directory")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise OutputError(f"output {str(path)!r} exists; --overwrite replaces it")
-    ancestor = next(folder for folder in path.absolute().parents if folder.exists())
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputError(f"output {str(path)!r} is not a regular file")
+    ancestor = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     if not ancestor.is_dir():
         raise OutputError(f"output {str(path)!r}: {str(ancestor)!r} is not a directory")
     try:
+        path.exists()  # raises where a name is too long, or holds what no name may
         with tempfile.NamedTemporaryFile(dir=ancestor, prefix=".lora-forge-"):
             pass
     except OSError as error:
         raise OutputError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
+    if "\0" in str(path):
+        raise OutputError(f"output {str(path)!r} is no path")
 
 
 def save_lora(
@@ -84,7 +88,6 @@ def save_lora(
         alpha=plan.alpha,
         family=family,
         prompt=request.prompt,
-        title=request.output.stem,
         metadata=metadata,
     )
     report = _write(plan, save, overwrite=plan.config.overwrite)
@@ -96,7 +99,6 @@ def save_lora(
 
 def _write(plan: Plan, save: SaveRequest, *, overwrite: bool) -> SaveReport:
     """The file appears by atomic rename only, and with the usual permissions."""
-
     saver = plan.saver.build()
     temporary: Path | None = None
     try:
@@ -106,17 +108,14 @@ def _write(plan: Plan, save: SaveRequest, *, overwrite: bool) -> SaveReport:
         )
         os.close(handle)
         temporary = Path(name)
-        report = saver(replace(save, path=temporary))
+        with blaming(f"saver {plan.saver.name!r}", but=(OSError,)):
+            report = saver(replace(save, path=temporary))
         check_output(save.path, overwrite=overwrite)
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, save.path)
         temporary = None
-    except LoraForgeError:
-        raise
     except OSError as error:
         raise OutputError(f"output {str(save.path)!r} cannot be written: {error.strerror or error}") from error
-    except Exception as error:
-        raise RunFailed(f"saver {plan.saver.name!r} failed: {type(error).__name__}: {error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

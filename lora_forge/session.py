@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_forge.config.run import RunConfig, read_run_config
+from lora_forge.config.run import RunConfig, collect_run_config, read_run_config
 from lora_forge.errors import UsageError
 from lora_forge.plan import Plan, make_plan
 from lora_forge.plugins import Registry, discover
@@ -34,15 +34,17 @@ class Session:
         fixed = [key for key in settings if key in _OF_THE_MODEL]
         if fixed:
             raise UsageError(f"{', '.join(fixed)}: belongs to load(), since the session's model depends on it")
-        config = read_run_config([self._settings, {**settings, "prompt": prompt}])
-        return self.run_plan(make_plan(config, self._registry, in_memory=self._pipeline is not None))
+        config, mistakes = collect_run_config([self._settings, {**settings, "prompt": prompt}])
+        in_memory = self._pipeline is not None
+        return self.run_plan(make_plan(config, self._registry, in_memory=in_memory, mistakes=mistakes))
 
     def run_plan(self, plan: Plan) -> RunResult:
         """Carry out a plan made with this session's model and plugins."""
         # Checked before torch is imported, let alone a weight read.
         output = _checked_output(plan)
 
-        from lora_forge.runner import Clock, Request, forge
+        from lora_forge.clock import Clock
+        from lora_forge.runner import Request, forge
 
         clock = Clock()
         with clock.phase("open"):
@@ -87,8 +89,9 @@ def load(
     place and left as it was found, instead of reading a base model. plugins: plugin files.
     settings: keys of a run config that all runs of the session share.
     """
-    files = [Path(path) for path in plugins]
-    settings = {**settings, "model": model, "plugins": tuple(files)}
+    settings = {**settings, "model": model, "plugins": tuple(Path(path) for path in plugins)}
+    if pipeline is not None:
+        settings["dtype"] = str(getattr(pipeline, "dtype", "float32")).removeprefix("torch.")
     config: RunConfig = read_run_config([settings])
     return Session(discover(config.plugins), settings, pipeline)
 
@@ -101,11 +104,9 @@ def run(prompt: str, model: str = "sdxl_base", *, pipeline: Any = None, **settin
 
 
 def _checked_output(plan: Plan) -> Path | None:
-    if plan.config.output is None:
+    if plan.output is None:
         return None
     from lora_forge.saving import check_output
 
-    path = plan.config.output
-    path = path if path.suffix or path.is_dir() else path.with_suffix(plan.saver_spec.suffix)
-    check_output(path, overwrite=plan.config.overwrite)
-    return path
+    check_output(plan.output, overwrite=plan.config.overwrite)
+    return plan.output

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lora_forge import SaverSpec, hookimpl
 from lora_forge.contracts import LoraWeights, SaveReport, SaveRequest
 from lora_forge.files.canonical import write_safetensors
-from lora_forge.files.names import diffusers_name, missing_siblings, universal_name
+from lora_forge.files.names import diffusers_name, file_stem, missing_siblings, universal_name
 
 if TYPE_CHECKING:
     import torch
@@ -72,13 +72,14 @@ def _metadata(request: SaveRequest) -> dict[str, str]:
     """What user interfaces file a LoRA by, beside what the run itself records."""
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": request.title,
+        # Named for the prompt, not the file: the same run gives the same bytes wherever it is written.
+        "modelspec.title": request.prompt,
         "modelspec.trigger_phrase": request.prompt,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(request.rank),
         "ss_network_alpha": f"{request.alpha:g}",
         "ss_network_args": "{}",
-        "ss_output_name": request.title,
+        "ss_output_name": file_stem(request.prompt),
         "ss_tag_frequency": json.dumps({"prompt": {request.prompt: 1}}, ensure_ascii=False),
         **_ARCHITECTURE.get(request.family, {}),
         **request.metadata,

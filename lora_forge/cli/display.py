@@ -73,7 +73,7 @@ def print_warnings(warnings: Iterable[str]) -> None:
     """Warnings, one line each, on stderr."""
     console = Console(stderr=True)
     for warning in warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=not console.is_terminal)
 
 
 def print_result(result: RunResult) -> None:
@@ -91,7 +91,7 @@ def print_result(result: RunResult) -> None:
         console.print(f"{len(result.padded)} layers of zeros added, as the format demands", highlight=False)
     console.print(f"\n[bold]{escape(str(result.path))}[/]", highlight=False, soft_wrap=True)
     console.print("\nuse it:", highlight=False)
-    console.print("import diffusers\n" + result.usage, markup=False, highlight=False, soft_wrap=True)
+    console.print(result.usage, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_plan(record: dict[str, Any]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import click
 
 from lora_forge import __version__
-from lora_forge.errors import LoraForgeError, nearest
+from lora_forge.errors import LoraForgeError, Terminated, nearest
 
 _VERBS = {
     "run": ("lora_forge.cli.run", "Make a LoRA for one prompt."),
@@ -49,10 +50,6 @@ def lora_forge() -> None:
     """
 
 
-class _Terminated(BaseException):
-    """SIGTERM, unwinding like Ctrl-C so that nothing half-written stays."""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1, 2, 130 (Ctrl-C) or 143 (SIGTERM)."""
     previous = signal.signal(signal.SIGTERM, _terminate)
@@ -60,16 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
         result: Any = lora_forge.main(arguments, prog_name="lora-forge", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except LoraForgeError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, notes=getattr(error, "__notes__", ()))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
         return _fail(_lower_first(error.format_message()), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; nothing was written", 130, label="")
-    except _Terminated:
-        return _fail("terminated; nothing was written", 143, label="")
+        return _fail("interrupted; no partial file is left", 130, label="")
+    except Terminated:
+        return _fail("terminated; no partial file is left", 143, label="")
     except BrokenPipeError:
         sys.stderr.close()
         return 1
@@ -78,10 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    raise Terminated
 
 
-def _fail(message: str, code: int, label: str = "error: ") -> int:
+def _fail(message: str, code: int, label: str = "error: ", notes: Iterable[str] = ()) -> int:
+    for note in notes:
+        click.echo(f"lora-forge: warning: {note}", err=True)
     click.echo(f"lora-forge: {label}{message}", err=True)
     return code
 

@@ -93,7 +93,7 @@ def new_model(
 
     path = output or Path(f"{name}_config.json")
     check_output(path, overwrite=overwrite)
-    data = derive_model_config(base_model, targets, backend=backend, rank=rank, alpha=alpha or rank)
+    data = derive_model_config(base_model, targets, backend=backend, rank=rank, alpha=rank if alpha is None else alpha)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(data, indent=1))
     path.write_text(text + "\n", encoding="utf-8")

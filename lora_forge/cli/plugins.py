@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from lora_forge.cli.answer import json_alone
 from lora_forge.errors import PluginError, nearest
 from lora_forge.hookspecs import EXTENSION_POINTS
 from lora_forge.options import describe_options
@@ -32,11 +32,12 @@ def command() -> None:
 @_json
 def list_plugins(kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
     """List what every plugin supplies, and which plugins are broken and why."""
-    registry = discover(files)
+    with json_alone(as_json) as answer:
+        registry = discover(files)
     rows = [_row(registry, one) for k in ([kind] if kind else EXTENSION_POINTS) for one in registry.supplied[k]]
     broken = [{"plugin": p.id, "version": p.version, "error": p.error} for p in registry.broken]
     if as_json:
-        click.echo(json.dumps({"plugins": rows, "broken": broken}, ensure_ascii=False))
+        answer({"plugins": rows, "broken": broken})
         return
     from rich.console import Console
     from rich.markup import escape
@@ -59,11 +60,12 @@ def list_plugins(kind: str | None, files: tuple[Path, ...], as_json: bool) -> No
 @_json
 def show_plugin(name: str, kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
     """Show one plugin's options, what it needs, and where it comes from."""
-    registry = discover(files)
+    with json_alone(as_json) as answer:
+        registry = discover(files)
     found = _find(registry, name, kind)
     records = [_record(one) for one in found]
     if as_json:
-        click.echo(json.dumps(records if len(records) > 1 else records[0], ensure_ascii=False))
+        answer(records if len(records) > 1 else records[0])
         return
     for record in records:
         _print_record(record)
@@ -72,12 +74,10 @@ def show_plugin(name: str, kind: str | None, files: tuple[Path, ...], as_json: b
 def _find(registry: Registry, name: str, kind: str | None) -> list[Supplied]:
     """What `name` means, of any kind (a name may be used once per kind). Raises PluginError."""
     kinds = [kind] if kind else list(EXTENSION_POINTS)
-    bare = name.rpartition(":")[2]
-    found = [registry.resolve(k, name) for k in kinds if any(one.spec.name == bare for one in registry.supplied[k])]
+    found = [registry.resolve(k, name) for k in kinds if registry.candidates(k, name)]
     if not found:
-        known = [one.spec.name for k in kinds for one in registry.supplied[k]]
-        causes = "".join(f"\n  it may have come from {p.id}, which is broken: {p.error}" for p in registry.broken)
-        raise PluginError(f"unknown {kind or 'plugin'} {name!r}{nearest(name, known)}{causes}")
+        known = [one.qualified_name if ":" in name else one.spec.name for k in kinds for one in registry.supplied[k]]
+        raise PluginError(f"unknown {kind or 'plugin'} {name!r}{nearest(name, known)}{registry.suspects(name)}")
     return found
 
 

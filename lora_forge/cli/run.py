@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_forge.config.run import RunConfig, read_run_config, read_toml
+from lora_forge.cli.answer import json_alone
+from lora_forge.config.run import RunConfig, collect_run_config, read_toml
+from lora_forge.errors import ConfigError, PluginError, Problem
 from lora_forge.options import Text
 from lora_forge.plugins import discover
 
@@ -25,7 +26,7 @@ _SPELLINGS = {
     "output": ("-o", "--output", "--output_path"),
     "plugins": ("--plugin",),
 }
-_PLUGIN_KINDS = ("loss", "initializer", "optimizer", "saver")
+Answer = Callable[[object], None]  # prints an object as JSON
 
 
 def _scalar_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,8 +70,16 @@ def command(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> 
     """
     layers: list[dict[str, Any]] = [read_toml(config)] if config else []
     layers += _structured(given)
-    run_config = read_run_config(layers, source=config.name if config else "")
-    registry = discover(run_config.plugins)
+    with json_alone(as_json) as answer:
+        return _carry_out(layers, config.name if config else "", dry_run, answer if as_json else None)
+
+
+def _carry_out(layers: list[dict[str, Any]], source: str, dry_run: bool, answer: Answer | None) -> int:
+    run_config, mistakes = collect_run_config(layers)
+    try:
+        registry = discover(run_config.plugins)
+    except PluginError as error:
+        raise ConfigError(source if mistakes else "", [*mistakes, Problem("plugins", str(error))]) from error
     for plugin in registry.broken:
         click.echo(f"lora-forge: plugin {plugin.id} is broken and ignored: {plugin.error}", err=True)
 
@@ -78,41 +87,41 @@ def command(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> 
     from lora_forge.saving import default_output
     from lora_forge.session import Session
 
-    plan = make_plan(run_config, registry)
+    plan = make_plan(run_config, registry, mistakes=mistakes, source=source)
     if run_config.output is None:
         output = default_output(run_config.prompt, plan.saver_spec.suffix)
         plan = dataclasses.replace(plan, config=dataclasses.replace(run_config, output=output))
     with Session(registry, {}) as session:
-        return _dry_run(session, plan, as_json) if dry_run else _run(session, registry, plan, as_json)
+        return _dry_run(session, plan, answer) if dry_run else _run(session, registry, plan, answer)
 
 
-def _run(session: Session, registry: Registry, plan: Plan, as_json: bool) -> int:
+def _run(session: Session, registry: Registry, plan: Plan, answer: Answer | None) -> int:
     from lora_forge.cli.display import Progress, print_result, print_warnings
 
     with Progress(plan.iterations) as progress:
         registry.observe(progress, "progress")
         result = session.run_plan(plan)
     print_warnings(result.warnings)
-    if as_json:
-        click.echo(json.dumps(result.as_dict(), ensure_ascii=False))
+    if answer:
+        answer(result.as_dict())
     else:
         print_result(result)
     return 0
 
 
-def _dry_run(session: Session, plan: Plan, as_json: bool) -> int:
+def _dry_run(session: Session, plan: Plan, answer: Answer | None) -> int:
     from lora_forge.cli.display import print_plan
 
     model = session.check_plan(plan)
     record = {
         **plan.record(),
-        "output": str(plan.config.output),
+        "output": str(plan.output),
         "device": model.device,
         "layers": {c: sum(layer.component == c for layer in model.layers) for c in plan.backend_spec.components},
         "loaded": list(plan.load),
     }
-    if as_json:
-        click.echo(json.dumps(record, ensure_ascii=False))
+    if answer:
+        answer(record)
     else:
         print_plan(record)
     return 0

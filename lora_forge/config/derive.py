@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lora_forge.config.model import DIMENSIONS, TARGETS
+from lora_forge.config.model import DIMENSIONS, TARGETS, expand_targets, parse_model_config
 from lora_forge.contracts import BackendRequest
 from lora_forge.errors import ModelError, nearest
 from lora_forge.plugins import build, discover
@@ -18,7 +18,8 @@ def derive_model_config(
     """A model config as JSON-ready data: every layer that one of `targets` names, with its dimensions.
 
     targets: a group the backend knows (`attention`, `attention+mlp`, `all`), or a pattern with `*` and `?`
-    over canonical paths, with or without the component before it. Raises ModelError when one matches nothing.
+    over canonical paths, with or without the component before it. Raises ModelError when one matches nothing,
+    ConfigError when rank or alpha do not fit.
     """
     supplied = discover().resolve("backend", backend)
     model = build(supplied, supplied.spec.options())(BackendRequest(base_model, "cpu", "float32"))
@@ -48,4 +49,5 @@ def derive_model_config(
     for component, layers in architecture.items():
         data[f"{TARGETS}{component}"] = [layer for layer in layers if layer in set(chosen[component])]
         data[f"{DIMENSIONS}{component}"] = {layer: list(layers[layer]) for layer in data[f"{TARGETS}{component}"]}
+    expand_targets(parse_model_config(data, name=base_model, source="the new model config"), architecture, rank=rank)
     return data

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,24 +60,26 @@ def read_model_config(name_or_path: str) -> ModelConfig:
     path = shipped_folder() / f"{name_or_path}{SUFFIX}"
     if name_or_path not in shipped_names():
         path = Path(name_or_path)
-        if path.suffix != ".json" and not path.is_file():
+        if path.suffix != ".json" and not os.path.isfile(path):
             raise ModelError(f"unknown model {name_or_path!r}{nearest(name_or_path, shipped_names())}")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ModelError(f"model config {name_or_path!r} does not exist")
     try:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        return parse_model_config(data, name=path.name.removesuffix(SUFFIX).removesuffix(".json"), source=path.name)
+    except ValueError as error:
         raise ConfigError(path.name, [Problem("", f"not valid JSON: {error}")]) from error
+    except RecursionError as error:
+        raise ConfigError(path.name, [Problem("", "nested too deeply to be a model config")]) from error
     except OSError as error:
         raise ModelError(f"model config {name_or_path!r} cannot be read: {error.strerror}") from error
-    return parse_model_config(data, name=path.name.removesuffix(SUFFIX).removesuffix(".json"), source=path.name)
 
 
 def parse_model_config(data: Any, *, name: str, source: str) -> ModelConfig:
     """Check a model config's own content; `expand_targets` checks it against the architecture.
 
-    Raises ConfigError with every mistake.
+    Raises ConfigError with every mistake; its `usable` is the config without them.
     """
     if not isinstance(data, dict):
         raise ConfigError(source, [Problem("", "a model config is a JSON object")])
@@ -106,7 +109,7 @@ def parse_model_config(data: Any, *, name: str, source: str) -> ModelConfig:
         digest=hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest(),
     )
     if problems:
-        raise ConfigError(source, problems)
+        raise ConfigError(source, problems, usable=config)
     return config
 
 
@@ -115,28 +118,22 @@ def expand_targets(
 ) -> list[TargetLayer]:
     """Every target layer, in the architecture's order, each once, its dimensions checked.
 
-    Raises ConfigError naming layers that do not exist, have no dimensions or wrong ones, or are smaller
-    than the rank.
+    Raises ConfigError naming layers that do not exist, have no dimensions or wrong ones, and one that is
+    smaller than the rank.
     """
     problems: list[Problem] = []
     layers: list[TargetLayer] = []
-    for component, targets in config.targets.items():
+    for component in dict.fromkeys((*config.targets, *config.dimensions)):
         real = architecture.get(component)
-        if real is None:
-            if targets:
-                key = f"{TARGETS}{component}"
-                problems.append(Problem(key, f"the model has no such component{nearest(component, architecture)}"))
-            continue
-        wanted: set[str] = set()
-        for target in targets:
-            matches = [target] if target in real else [name for name in real if name.endswith(f".{target}")]
-            if not matches:
-                problems.append(Problem(f"{TARGETS}{component}.{target}", f"no such layer{nearest(target, real)}"))
-            wanted.update(matches)
-        for name, actual in real.items():
-            if name in wanted:
-                layers.append(TargetLayer(component, name, *actual))
-                problems += _layer_problems(config, component, name, actual, rank)
+        if real is not None:
+            layers += _expand_component(config, component, real, problems)
+        elif config.targets.get(component) or config.dimensions.get(component):
+            key = f"{TARGETS if config.targets.get(component) else DIMENSIONS}{component}"
+            problems.append(Problem(key, f"the model has no such component{nearest(component, architecture)}"))
+    small = [layer for layer in layers if rank > min(layer.out_features, layer.in_features)]
+    if small:
+        size, more = [small[0].out_features, small[0].in_features], f" and {len(small) - 1} more" if small[1:] else ""
+        problems.append(Problem("lora_rank", f"{rank} is larger than {'.'.join(small[0].key)}, {size}{more}"))
     if not layers and not problems:
         problems.append(Problem(f"{TARGETS}…", "no target layers at all"))
     if problems:
@@ -144,9 +141,23 @@ def expand_targets(
     return layers
 
 
-def _layer_problems(
-    config: ModelConfig, component: str, name: str, actual: tuple[int, int], rank: int
-) -> list[Problem]:
+def _expand_component(
+    config: ModelConfig, component: str, real: Mapping[str, tuple[int, int]], problems: list[Problem]
+) -> list[TargetLayer]:
+    wanted: set[str] = set()
+    for target in config.targets.get(component, ()):
+        matches = [target] if target in real else [name for name in real if name.endswith(f".{target}")]
+        if not matches:
+            problems.append(Problem(f"{TARGETS}{component}.{target}", f"no such layer{nearest(target, real)}"))
+        wanted.update(matches)
+    layers = [TargetLayer(component, name, *size) for name, size in real.items() if name in wanted]
+    for layer in layers:
+        problems += _layer_problems(config, component, layer.name, real[layer.name])
+    problems += _stray_dimensions(config, component, real, wanted)
+    return layers
+
+
+def _layer_problems(config: ModelConfig, component: str, name: str, actual: tuple[int, int]) -> list[Problem]:
     key = f"{DIMENSIONS}{component}.{name}"
     stated = config.dimensions.get(component, {})
     matching = [name] if name in stated else [entry for entry in stated if name.endswith(f".{entry}")]
@@ -155,9 +166,22 @@ def _layer_problems(
     dimensions = stated[max(matching, key=len)]
     if tuple(dimensions) != tuple(actual):
         return [Problem(key, f"[out, in] is {list(dimensions)}, the real layer's is {list(actual)}")]
-    if rank > min(actual):
-        return [Problem("lora_rank", f"{rank} is larger than {component}.{name}, {list(actual)}")]
     return []
+
+
+def _stray_dimensions(
+    config: ModelConfig, component: str, real: Mapping[str, tuple[int, int]], wanted: Collection[str]
+) -> list[Problem]:
+    """Mistakes in dimensions that belong to no target layer."""
+    problems = []
+    for layer, size in config.dimensions.get(component, {}).items():
+        key = f"{DIMENSIONS}{component}.{layer}"
+        if layer in real:
+            if layer not in wanted and tuple(size) != tuple(real[layer]):
+                problems.append(Problem(key, f"[out, in] is {list(size)}, the real layer's is {list(real[layer])}"))
+        elif layer not in config.targets.get(component, ()) and not any(name.endswith(f".{layer}") for name in real):
+            problems.append(Problem(key, f"no such layer{nearest(layer, real)}"))
+    return problems
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -225,8 +249,12 @@ def _number(data: Mapping[str, Any], key: str, problems: list[Problem], *, above
     value = data.get(key)
     if value is None and (key not in data or key != "lora_alpha"):
         return None
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if fits and (value > 0 if above_zero else value >= 0):  # type: ignore[operator]
-        return float(value)  # type: ignore[arg-type]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer that no float can hold
+            number = math.inf
+        if math.isfinite(number) and (number > 0 if above_zero else number >= 0):
+            return number
     problems.append(Problem(key, f"expected a number {'>' if above_zero else '≥'} 0, got {value!r}"))
     return None

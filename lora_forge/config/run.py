@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from lora_forge.errors import ConfigError, Problem, nearest
 from lora_forge.options import Unfit, check_bounds, read_value
 
-DTYPES = ("float32", "float16", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+_DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d{1,4})?)\Z")
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ _STRUCTURED = ("loss", "initializer", "optimizer", "saver", "backend_options")
 def read_toml(path: Path) -> dict[str, Any]:
     """A run config file's content. Raises ConfigError when it is missing or is not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        repr(data)  # raises for an integer too long to be told of
+        return data
     except OSError as error:
         raise ConfigError("", [Problem(str(path), f"run config cannot be read: {error.strerror}")]) from error
     except ValueError as error:
@@ -72,11 +78,19 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_run_config(layers: Sequence[Mapping[str, Any]], *, source: str = "") -> RunConfig:
-    """A run config from mappings of its keys, later ones winning. Values of type `Text` are parsed.
+    """As `collect_run_config`, but raises ConfigError with every mistake."""
+    config, problems = collect_run_config(layers)
+    if problems:
+        raise ConfigError(source, problems)
+    return config
+
+
+def collect_run_config(layers: Sequence[Mapping[str, Any]]) -> tuple[RunConfig, list[Problem]]:
+    """A run config from mappings of its keys, later ones winning, and every mistake. `Text` values are parsed.
 
     `loss` is a name, a table `{name, weight, options}`, or a list of those; `initializer`, `optimizer`
     and `saver` are a name or a table `{name, options}`. A name may carry a weight: `"a:0.5"`.
-    Options alone (`{options}`) add to those of a lower layer. Raises ConfigError with every mistake.
+    Options alone (`{options}`) add to those of a lower layer. A key with a mistake keeps its default.
     """
     problems: list[Problem] = []
     hints = get_type_hints(RunConfig)
@@ -90,15 +104,16 @@ def read_run_config(layers: Sequence[Mapping[str, Any]], *, source: str = "") ->
                 values[key] = _structured(key, value, values.get(key, _default(fields[key])), problems)
             else:
                 try:
-                    values[key] = read_value(hints[key], value)
-                    check_bounds(values[key], fields[key].metadata)
+                    fit = read_value(hints[key], _CHECKS[key](value) if key in _CHECKS else value)
+                    check_bounds(fit, fields[key].metadata)
+                    values[key] = fit
                 except Unfit as error:
                     problems.append(Problem(key, str(error)))
+    if values.get("date") is None and (epoch := os.environ.get("SOURCE_DATE_EPOCH")):
+        values["date"] = _day(epoch, problems)
     if values.get("strength") is not None and values.get("target_shift") is not None:
         problems.append(Problem("strength", "give strength or target_shift, not both"))
-    if problems:
-        raise ConfigError(source, problems)
-    return RunConfig(**values)
+    return RunConfig(**values), problems
 
 
 def parse_name(text: str) -> tuple[str, float | None]:
@@ -108,6 +123,36 @@ def parse_name(text: str) -> tuple[str, float | None]:
         return (name, float(last)) if colon else (text, None)
     except ValueError:
         return text, None
+
+
+def _day(epoch: str, problems: list[Problem]) -> str | None:
+    """The day (UTC) of a SOURCE_DATE_EPOCH, which stands for the date where none is given."""
+    try:
+        return datetime.fromtimestamp(int(epoch), UTC).date().isoformat()
+    except (ValueError, OverflowError, OSError):
+        problems.append(Problem("SOURCE_DATE_EPOCH", f"expected seconds since 1970, got {epoch!r}"))
+        return None
+
+
+def _device(value: Any) -> Any:
+    if isinstance(value, str) and not _DEVICE.match(value):
+        raise Unfit(f"unknown device {str(value)!r}{nearest(value, DEVICES)}")
+    return value
+
+
+def _date(value: Any) -> Any:
+    """An ISO date or time; TOML has dates of its own."""
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, str):
+        try:
+            datetime.fromisoformat(value)
+        except ValueError:
+            raise Unfit(f"expected a date such as 2026-01-31 or 2026-01-31T12:00:00Z, got {str(value)!r}") from None
+    return value
+
+
+_CHECKS: Mapping[str, Callable[[Any], Any]] = {"device": _device, "date": _date}
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

@@ -75,6 +75,12 @@ def diffusers_name(component: str, layer: str) -> str:
     return f"{component}.{layer}"
 
 
+def file_stem(prompt: str) -> str:
+    """The prompt's words as a file name that is safe everywhere, without a suffix."""
+    words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60].rstrip("_")
+    return f"{words or 'prompt'}_lora"
+
+
 def missing_siblings(layers: list[str]) -> dict[str, str]:
     """Attention projections of text encoders that readers demand beside those there, with a sibling each.
 

@@ -46,15 +46,15 @@ class SdxlBackend(Backend):
 
     def __init__(self, source: Source | None, request: BackendRequest, modules: dict[str, Any]) -> None:
         self._source, self._request, self._modules = source, request, modules
-        self._in_memory = set(modules)
-        self._before: dict[str, tuple[bool, list[tuple[nn.Parameter, bool]]]] = {}
+        self._in_memory = {name: _linear_layers(name, module) for name, module in modules.items()}
+        self._before: dict[str, tuple[list[tuple[nn.Module, bool]], list[tuple[nn.Parameter, bool]]]] = {}
         self._adapted: dict[str, Any] = {}
         self._tokenizers: dict[str, Any] = {}
         self._norms: dict[tuple[str, str], float] = {}
 
     def architecture(self) -> dict[str, dict[str, tuple[int, int]]]:
         if self._source is None:
-            return {component: _linear_layers(component, module) for component, module in self._modules.items()}
+            return self._in_memory
         return {
             component: _layers_of_config(component, json.dumps(self._source.config(component), sort_keys=True))
             for component in COMPONENTS
@@ -76,11 +76,17 @@ class SdxlBackend(Backend):
                     ) from error
         for encoder in ENCODERS:
             if encoder in components:
-                self._source.tokenizer(ENCODERS[encoder])
+                self._check_tokenizer(self._source, encoder)
 
     def load(self, components: Collection[str]) -> None:
         dtype = getattr(torch, self._request.dtype)
         for component in components:
+            if component in self._in_memory and component not in self._before:
+                module = self._modules[component]
+                _check_bare(component, module)
+                training = [(child, child.training) for child in module.modules()]
+                self._before[component] = (training, [(p, p.requires_grad) for p in module.parameters()])
+                module.requires_grad_(False).eval()
             if component in self._modules:
                 continue
             assert self._source is not None
@@ -93,22 +99,20 @@ class SdxlBackend(Backend):
     def adapt(self, layers: Sequence[TargetLayer], rank: int, alpha: float, slot: BankSlot) -> None:
         for component in dict.fromkeys(layer.component for layer in layers):
             module = self._modules[component]
-            if hasattr(module, "peft_config"):
-                raise ModelError(f"{component} already carries a LoRA; unload it first (pipe.unload_lora_weights())")
-            self._before[component] = (module.training, [(p, p.requires_grad) for p in module.parameters()])
-            module.requires_grad_(False).eval()
             paths = {canonical_name(component, path): path for path, _ in module.named_modules()}
             names = {paths[layer.name]: layer.key for layer in layers if layer.component == component}
             self._adapted[component] = inject(module, names, rank, alpha, slot)
 
     def release(self) -> None:
-        for component, adapted in self._adapted.items():
+        for adapted in self._adapted.values():
             adapted.unload()
-            training, flags = self._before[component]
-            self._modules[component].train(training)
+        self._adapted.clear()
+        for training, flags in self._before.values():
+            for child, flag in training:
+                child.training = flag
             for parameter, required in flags:
                 parameter.requires_grad_(required)
-        self._adapted.clear()
+        self._before.clear()
         self._modules = {name: module for name, module in self._modules.items() if name in self._in_memory}
 
     def tokenize(self, encoder: str, texts: Sequence[str]) -> Tokens:
@@ -173,15 +177,32 @@ class SdxlBackend(Backend):
         return self._norms.get((component, layer))
 
     def usage(self, path: str, prompt: str) -> str:
-        model = self._request.source
-        if model == TINY:
-            model = str(tiny_sdxl_folder())
-        loader = "from_single_file" if model.endswith(".safetensors") else "from_pretrained"
-        return (
-            f"pipe = diffusers.StableDiffusionXLPipeline.{loader}({model!r})\n"
-            f"pipe.load_lora_weights({path!r})\n"
-            f"image = pipe({prompt!r}).images[0]"
-        )
+        lines = [f"pipe.load_lora_weights({path!r})", f"image = pipe({prompt!r}).images[0]"]
+        if self._source is not None:
+            model = str(tiny_sdxl_folder()) if self._request.source == TINY else self._request.source
+            loader = "from_single_file" if model.endswith(".safetensors") else "from_pretrained"
+            # Without a dtype the parts of a checkpoint stored in half precision would not come out in one.
+            device = self._request.device
+            dtype, move = ("float32", "") if device == "cpu" else ("float16", f".to({device!r})")
+            pipe = f"diffusers.StableDiffusionXLPipeline.{loader}({model!r}, dtype=torch.{dtype}){move}"
+            lines[:0] = ["import diffusers, torch", f"pipe = {pipe}"]
+        return "\n".join(lines)
+
+    def _check_tokenizer(self, source: Source, encoder: str) -> None:
+        try:
+            tokenizer = self._tokenizer(encoder)
+            merges = (source.tokenizer(ENCODERS[encoder]) / "merges.txt").read_text(encoding="utf-8").splitlines()
+            # Each token of the vocabulary is a byte, a byte that ends a word, a special one, or merged.
+            whole = len(merges) >= tokenizer.vocab_size - 2 * 256 - len(tokenizer.all_special_tokens)
+        except ModelError:
+            raise
+        except Exception as error:  # the tokenizer library's own, of no common type
+            reason = " ".join(str(error).split())
+            raise ModelError(
+                f"base model {source.name!r}: {ENCODERS[encoder]} is broken or truncated: {reason}"
+            ) from error
+        if not whole:
+            raise ModelError(f"base model {source.name!r}: {ENCODERS[encoder]} is truncated: merges.txt is too short")
 
     def _tokenizer(self, encoder: str) -> Any:
         if encoder not in self._tokenizers:
@@ -199,7 +220,14 @@ def _pipeline_components(pipeline: Any) -> list[tuple[str, Any]]:
     missing = [name for name, module in components if not isinstance(module, nn.Module)]
     if missing:
         raise ModelError(f"{type(pipeline).__name__} is no SDXL pipeline: it has no {', '.join(missing)}")
+    for name, module in components:
+        _check_bare(name, module)
     return components
+
+
+def _check_bare(component: str, module: Any) -> None:
+    if hasattr(module, "peft_config"):
+        raise ModelError(f"{component} already carries a LoRA; unload it first (pipe.unload_lora_weights())")
 
 
 @functools.lru_cache(maxsize=16)
@@ -214,7 +242,8 @@ def _layers_of_config(component: str, config: str) -> dict[str, tuple[int, int]]
         else:
             module = empty_encoder(component, json.loads(config))
     except Exception as error:
-        raise ModelError(f"{component}: its config.json makes no model: {error}") from error
+        reason = " ".join(str(error).split())  # the library's own, of many lines
+        raise ModelError(f"{component}: its config.json makes no model: {reason}") from error
     return _linear_layers(component, module)
 
 

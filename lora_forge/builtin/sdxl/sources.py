@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -102,11 +103,16 @@ class Folder(Source):
                 return [path]
             index = self.find(f"{component}/{stem}.safetensors.index{variant}.json")
             if index is not None:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                return [self._need(f"{component}/{name}") for name in names]
+                return [self._need(f"{component}/{name}") for name in self._indexed(component, index)]
         if self.find(f"{component}/{pickled}.bin"):
             raise ModelError(f"base model {self.name!r}: {component} is a pickle, which is not read; use safetensors")
         raise ModelError(f"base model {self.name!r} has no {component}/{stem}.safetensors")
+
+    def _indexed(self, component: str, index: Path) -> list[str]:
+        try:
+            return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"base model {self.name!r}: {component}/{index.name} is no index of weights") from error
 
     def locate(self, component: str, canonical: str) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
         return canonical, lambda tensor: tensor
@@ -130,7 +136,9 @@ class Hub(Folder):
     def find(self, relative: str) -> Path | None:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.utils import logging
 
+        logging.set_verbosity_error()  # it would tell of every attempt; what comes of them is told once, below
         try:
             return Path(hf_hub_download(self.name, relative))
         except LocalEntryNotFoundError as error:
@@ -175,9 +183,9 @@ def open_source(name: str, configs: Path | None) -> Source:
     if name == TINY:
         return Folder(tiny_sdxl_folder())
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return Folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".safetensors":
             raise ModelError(f"base model {path.name!r}: only .safetensors checkpoints are read, never pickles")
         folder = configs or CONFIGS

@@ -1,0 +1,243 @@
+"""README.md and docs/: every command and code block works, and nothing that exists goes unmentioned."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from docs_pages import (
+    ACCEPTANCE,
+    CHECKOUT,
+    EXECUTED,
+    PAGES,
+    SETUP,
+    SHOWN_ONLY,
+    Block,
+    Reader,
+    blocks,
+    commands,
+    make_full_size_folder,
+)
+
+import lora_forge
+from lora_forge import hookspecs
+from lora_forge.hookspecs import EXTENSION_POINTS, LIFECYCLE_EVENTS
+
+README, USAGE, PLUGINS = CHECKOUT / "README.md", CHECKOUT / "docs" / "usage.md", CHECKOUT / "docs" / "plugins.md"
+ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+@pytest.fixture(scope="module")
+def full_size_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_full_size_folder(tmp_path_factory.mktemp("full_size") / "sdxl")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_of_a_page_works_in_the_order_it_stands_in(
+    page: Path, tiny_folder: Path, full_size_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reader = Reader(tiny_folder, full_size_folder)
+    for block in blocks(page):
+        try:
+            reader.do(block)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{block}: {type(error).__name__}: {error}") from error
+
+
+def test_every_block_is_of_a_language_that_is_executed_or_stated_to_be_shown_only() -> None:
+    assert [str(block) for block in ALL_BLOCKS if block.language not in EXECUTED + SHOWN_ONLY] == []
+    for page in PAGES:
+        fences = [line for line in page.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith("```")]
+        assert len(fences) == 2 * len(list(blocks(page))), f"{page.name} has a fence that no test reads"
+
+
+def test_the_readme_sets_up_a_fresh_machine_in_two_commands_of_one_line_each() -> None:
+    lines = [line for block in blocks(README) if block.language == "bash" for line in commands(block)]
+    runs, tests, *others = lines
+    assert SETUP.sub("", runs).startswith(".venv/bin/lora-forge run ")
+    assert "--model tiny_sdxl" in runs
+    assert SETUP.sub("", tests) == ".venv/bin/pytest -n 2"
+    assert not any("venv" in line for line in others)
+    assert ACCEPTANCE in others
+
+
+@pytest.mark.slow
+def test_the_readmes_first_command_works_in_a_clean_checkout_as_it_stands(tmp_path: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.splitlines():
+        if (CHECKOUT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(CHECKOUT / name, tmp_path / name)
+    command = commands(next(block for block in blocks(README) if block.language == "bash"))[0]
+    # What is installed here already is not downloaded again; the package itself is built and installed anew.
+    site_packages = next(path for path in sys.path if path.endswith("site-packages"))
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
+    environment = {**os.environ, **offline, "PYTHONPATH": site_packages}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "output" / "tiny_owl_lora.safetensors").is_file()
+    where = [".venv/bin/python", "-c", "import lora_forge.config.model as m; print(m.__file__, m.shipped_folder())"]
+    outside = tmp_path / "output"
+    shown = subprocess.run(
+        [str(tmp_path / where[0]), *where[1:]], cwd=outside, env=environment, capture_output=True, text=True, check=True
+    )
+    assert all(part.startswith(str(tmp_path / ".venv")) for part in shown.stdout.split())
+
+
+def test_what_contributing_asks_for_is_what_continuous_integration_runs() -> None:
+    ci = (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    asked = [line for block in blocks(CHECKOUT / "CONTRIBUTING.md") for line in commands(block)]
+    assert [line for line in asked if "venv" not in line and line not in ci] == []
+
+
+def test_the_readmes_loss_is_a_complete_file_of_at_most_twelve_lines() -> None:
+    (loss,) = [block for block in blocks(README) if block.file_name]
+    assert len(loss.text.splitlines()) <= 12
+
+
+@pytest.mark.parametrize("name", [*(hook for hook, _ in EXTENSION_POINTS.values()), *LIFECYCLE_EVENTS])
+def test_each_hook_is_documented_with_its_exact_signature(name: str) -> None:
+    signature = str(inspect.signature(getattr(hookspecs, name))).replace("'", "")
+    assert f"`{name}{signature}`" in PLUGINS.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", EXTENSION_POINTS)
+def test_the_example_in_an_extension_points_docstring_is_the_one_on_its_page(kind: str) -> None:
+    docstring = inspect.getdoc(getattr(hookspecs, EXTENSION_POINTS[kind][0])) or ""
+    example = docstring.partition("```python\n")[2].partition("```")[0]
+    assert example
+    files = [block.text.partition("\n")[2] for block in blocks(PLUGINS) if block.file_name]
+    assert without_double_blanks(example) in [without_double_blanks(text) for text in files]
+
+
+def test_every_record_field_a_plugin_author_can_set_is_on_the_plugins_page() -> None:
+    text = PLUGINS.read_text(encoding="utf-8")
+    fields = {field.name for _, spec in EXTENSION_POINTS.values() for field in dataclasses.fields(spec)}
+    assert [name for name in sorted(fields) if name not in text] == []
+
+
+def test_everything_a_loss_can_ask_its_batch_for_is_on_the_plugins_page() -> None:
+    from lora_forge.batch import Batch
+
+    text = PLUGINS.read_text(encoding="utf-8")
+    members = [name for name in vars(Batch) if not name.startswith("_")]
+    assert len(members) > 8
+    assert [name for name in members if f"batch.{name}" not in text] == []
+
+
+def test_every_option_of_run_is_on_the_usage_page() -> None:
+    from lora_forge.cli.run import command
+
+    text = USAGE.read_text(encoding="utf-8")
+    spellings = [name for parameter in command.params for name in parameter.opts]
+    assert len(spellings) > 20
+    assert [name for name in spellings if f"`{name}`" not in text] == []
+
+
+def test_every_option_of_models_new_is_on_the_models_page() -> None:
+    from lora_forge.cli.models import new_model
+
+    text = (CHECKOUT / "docs" / "models.md").read_text(encoding="utf-8")
+    options = [name for parameter in new_model.params for name in parameter.opts if name.startswith("-")]
+    assert [name for name in options if f"`{name}`" not in text] == []
+
+
+def test_the_run_config_example_has_every_key_there_is() -> None:
+    from lora_forge.config.run import RunConfig
+
+    (example,) = [block for block in blocks(USAGE) if block.language == "toml"]
+    keys = set(tomllib.loads(example.text))
+    # Of strength and target_shift only one may be given; the other stands in a comment.
+    assert {field.name for field in dataclasses.fields(RunConfig)} - keys == {"strength"}
+    assert "strength = " in example.text
+
+
+def test_the_tables_shown_on_the_usage_page_have_the_rows_and_columns_of_a_real_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_forge.cli.main import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+    output = str(tmp_path / "owl.safetensors")
+    assert main(["run", "--prompt", "a steampunk owl", "--model", "tiny_sdxl", "-o", output, "--iterations", "2"]) == 0
+    real = " ".join(re.sub(r"[^\w‖Δ/–.]+", " ", capsys.readouterr().out).split())
+    shown = next(block for block in blocks(USAGE) if block.language == "text")
+    phrases = [phrase for line in shown.text.splitlines() for phrase in re.split(r"\s{2,}", line)]
+    labels = [phrase for phrase in phrases if phrase and not re.match(r"[-\d]", phrase) and "self_attn" not in phrase]
+    assert len(labels) > 15
+    assert [label for label in labels if label not in real] == []
+
+
+def test_the_lines_a_run_ends_with_make_an_image(tmp_path: Path) -> None:
+    result = lora_forge.run("an owl", "tiny_sdxl", iterations=1, output=tmp_path / "owl.safetensors")
+    names: dict[str, Any] = {}
+    exec(
+        result.usage.replace(".images[0]", ".images[0].size").replace(
+            "pipe('an owl')", "pipe('an owl', num_inference_steps=1)"
+        ),
+        names,
+    )
+    assert names["image"] == (64, 64)
+
+
+def test_every_relative_link_leads_somewhere() -> None:
+    broken = []
+    for page in (*PAGES, CHECKOUT / "CONTRIBUTING.md", CHECKOUT / "CHANGELOG.md"):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if "://" in target:
+                continue
+            path, _, anchor = target.partition("#")
+            linked = page.parent / path if path else page
+            if not linked.exists() or (anchor and anchor not in _anchors(linked)):
+                broken.append(f"{page.name}: {target}")
+    assert broken == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (CHECKOUT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if page.name != "index.md" and f"({page.name})" not in index] == []
+
+
+def test_every_file_path_the_architecture_page_names_exists() -> None:
+    (tree,) = _of_language("architecture.md", "text")
+    names = re.findall(r"\b(\w+(?:\.py|/))", tree.text)
+    assert len(names) > 20
+    missing = [n for n in names if not any((CHECKOUT / "lora_forge" / sub / n).exists() for sub in (".", "config"))]
+    assert missing == []
+
+
+def test_every_module_the_architecture_page_calls_public_can_be_imported() -> None:
+    text = (CHECKOUT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.partition("## What a plugin may import")[2].partition("##")[0]
+    modules = re.findall(r"`(lora_forge[\w.]*)`", section)
+    assert len(modules) >= 9
+    for module in modules:
+        __import__(module)
+
+
+def without_double_blanks(code: str) -> str:
+    return re.sub(r"\n{3,}", "\n\n", code)
+
+
+def _of_language(page: str, language: str) -> list[Block]:
+    return [block for block in ALL_BLOCKS if block.page.name == page and block.language == language]
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

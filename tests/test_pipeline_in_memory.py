@@ -1,0 +1,169 @@
+"""`pipeline=pipe`: a run on a pipeline already in memory equals one from the folder, and leaves no trace in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers_reader import load_whole
+
+import lora_forge
+from lora_forge.errors import ModelError, RunFailed
+
+PROMPT = "a steampunk owl"
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
+LOSSES = """
+import torch
+from lora_forge import LossSpec, hookimpl
+
+def noise(batch):
+    latents = torch.ones((batch.prompts, *batch.latent_shape))
+    predicted = batch.predict_noise(latents, torch.full((batch.prompts,), 500), batch.adapted(), adapted=True)
+    return predicted.square().mean((1, 2, 3))
+
+def broken(batch):
+    batch.adapted()
+    raise RuntimeError("no more")
+
+@hookimpl
+def lora_forge_losses():
+    yield LossSpec(name="noise", summary="small noise", needs={"text", "noise_prediction"}, factory=noise)
+    yield LossSpec(name="broken", summary="raises", needs={"text"}, factory=broken)
+"""
+
+
+@pytest.fixture
+def pipe(tiny_folder: Path) -> Any:
+    """A pipeline that has been used, with flags set here and there as its owner may have left them."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
+    encoded(pipe)
+    pipe.text_encoder.requires_grad_(False)
+    pipe.text_encoder_2.train()
+    first, *others = pipe.text_encoder_2.text_model.encoder.layers
+    first.eval()
+    others[-1].requires_grad_(False)
+    pipe.unet.mid_block.train()
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plugin") / "in_memory_losses.py"
+    path.write_text(LOSSES)
+    return path
+
+
+def encoded(pipe: Any) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [tensor for tensor in pipe.encode_prompt(PROMPT, device="cpu") if tensor is not None]
+
+
+def state(pipe: Any) -> dict[tuple[str, str], Any]:
+    """Everything there is to see of the pipeline's modules, parameters and buffers, but their numbers."""
+    seen: dict[tuple[str, str], Any] = {}
+    for component in COMPONENTS:
+        model = getattr(pipe, component)
+        for name, module in model.named_modules():
+            hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks")}
+            seen[component, f"module {name}"] = (id(module), type(module), module.training, sorted(vars(module)), hooks)
+        for name, parameter in model.named_parameters():
+            seen[component, f"parameter {name}"] = (id(parameter), parameter.requires_grad, parameter.grad)
+        seen[component, "keys"] = list(model.state_dict())
+    return seen
+
+
+def numbers(pipe: Any) -> dict[tuple[str, str], torch.Tensor]:
+    return {(c, name): value.clone() for c in COMPONENTS for name, value in getattr(pipe, c).state_dict().items()}
+
+
+def assert_untouched(pipe: Any, before: tuple[Any, Any, Any]) -> None:
+    seen, values, outputs = before
+    assert state(pipe) == seen
+    assert not any("peft" in key or "lora" in key for c in COMPONENTS for key in vars(getattr(pipe, c)))
+    now = numbers(pipe)
+    assert now.keys() == values.keys()
+    assert all(torch.equal(now[key], value) for key, value in values.items())
+    assert all(torch.equal(one, other) for one, other in zip(encoded(pipe), outputs, strict=True))
+
+
+def snapshot(pipe: Any) -> tuple[Any, Any, Any]:
+    return state(pipe), numbers(pipe), encoded(pipe)
+
+
+def assert_equal_runs(one: lora_forge.RunResult, other: lora_forge.RunResult) -> None:
+    assert [step.loss for step in one.steps] == [step.loss for step in other.steps]
+    for component, layers in other.weights.items():
+        for layer, pair in layers.items():
+            assert torch.equal(one.weights[component][layer]["lora_A"], pair["lora_A"])
+            assert torch.equal(one.weights[component][layer]["lora_B"], pair["lora_B"])
+
+
+def test_a_run_on_it_equals_the_run_from_its_folder_and_leaves_it_as_it_was(pipe: Any) -> None:
+    before = snapshot(pipe)
+    result = lora_forge.run(PROMPT, "tiny_sdxl", pipeline=pipe, iterations=3)
+    assert_untouched(pipe, before)
+    reference = lora_forge.run(PROMPT, "tiny_sdxl", iterations=3)
+    assert_equal_runs(result, reference)
+    assert result.effect == reference.effect
+
+
+def test_a_run_through_its_unet_equals_the_run_from_its_folder_and_leaves_it_as_it_was(pipe: Any, plugin: Path) -> None:
+    before = snapshot(pipe)
+    settings: dict[str, Any] = {"plugins": [plugin], "loss": "noise", "iterations": 2}
+    result = lora_forge.run(PROMPT, "tiny_sdxl", pipeline=pipe, **settings)
+    assert_untouched(pipe, before)
+    assert result.weights["unet"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_v"]["lora_B"].any()
+    assert_equal_runs(result, lora_forge.run(PROMPT, "tiny_sdxl", **settings))
+
+
+def test_a_run_that_fails_leaves_it_as_it_was(pipe: Any, plugin: Path) -> None:
+    before = snapshot(pipe)
+    with pytest.raises(RunFailed, match="no more"):
+        lora_forge.run(PROMPT, "tiny_sdxl", pipeline=pipe, plugins=[plugin], loss="broken", iterations=2)
+    assert_untouched(pipe, before)
+
+
+def test_a_session_on_it_runs_many_prompts_and_gives_it_back_when_closed(pipe: Any) -> None:
+    before = snapshot(pipe)
+    with lora_forge.load("tiny_sdxl", pipeline=pipe) as session:
+        results = [session.run(prompt, iterations=2) for prompt in (PROMPT, "another", PROMPT)]
+    assert_untouched(pipe, before)
+    assert_equal_runs(results[2], results[0])
+    assert_equal_runs(results[1], lora_forge.run("another", "tiny_sdxl", iterations=2))
+
+
+@pytest.mark.parametrize("saver", ["safetensors", "diffusers"])
+def test_it_can_load_the_lora_once_it_is_released(pipe: Any, tmp_path: Path, saver: str) -> None:
+    output = tmp_path / "owl.safetensors"
+    result = lora_forge.run(PROMPT, "tiny_sdxl", pipeline=pipe, iterations=3, saver=saver, output=output)
+    loaded = load_whole(pipe, output)
+    assert loaded.keys() == {(component, layer) for component, layers in result.weights.items() for layer in layers}
+    assert "load_lora_weights" in result.usage
+
+
+@pytest.mark.parametrize("components", [["unet"], ["text_encoder_2"], ["text_encoder", "text_encoder_2", "unet"]])
+def test_a_pipeline_that_carries_a_lora_already_is_an_error_of_one_line(
+    pipe: Any, tmp_path: Path, components: list[str]
+) -> None:
+    from peft import LoraConfig
+
+    for component in components:
+        targets = ["to_q"] if component == "unet" else ["q_proj"]
+        getattr(pipe, component).add_adapter(LoraConfig(r=2, target_modules=targets), adapter_name="earlier")
+    before = snapshot(pipe)[1]
+    with pytest.raises(ModelError, match=f"{components[0]} already carries a LoRA") as caught:
+        lora_forge.run(PROMPT, "tiny_sdxl", pipeline=pipe, iterations=1)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in numbers(pipe).items())
+
+
+def test_what_is_no_whole_sdxl_pipeline_is_an_error_that_says_what_it_lacks(pipe: Any) -> None:
+    with pytest.raises(ModelError, match="object is no SDXL pipeline"):
+        lora_forge.run(PROMPT, "tiny_sdxl", pipeline=object(), iterations=1)
+    pipe.text_encoder = None
+    with pytest.raises(ModelError, match="it has no text_encoder$"):
+        lora_forge.run(PROMPT, "tiny_sdxl", pipeline=pipe, iterations=1)

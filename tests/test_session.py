@@ -1,0 +1,85 @@
+"""Sessions: many prompts in turn on one loaded model."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_forge
+from lora_forge.errors import UsageError
+
+PARTI = Path(__file__).parent / "data" / "PartiPrompts.tsv"
+
+
+def test_runs_of_a_session_equal_runs_alone_whatever_ran_before() -> None:
+    with lora_forge.load("tiny_sdxl") as session:
+        session.run("something else", iterations=3, seed=9)
+        second = session.run("a steampunk owl", iterations=3)
+    alone = lora_forge.run("a steampunk owl", "tiny_sdxl", iterations=3)
+    assert second.steps == alone.steps
+    for component, layers in alone.weights.items():
+        for layer, pair in layers.items():
+            assert torch.equal(second.weights[component][layer]["lora_A"], pair["lora_A"])
+            assert torch.equal(second.weights[component][layer]["lora_B"], pair["lora_B"])
+
+
+def test_a_later_run_may_use_another_rank_and_alpha() -> None:
+    with lora_forge.load("tiny_sdxl") as session:
+        session.run("a steampunk owl", iterations=1)
+        result = session.run("a steampunk owl", iterations=3, rank=2, alpha=6)
+    alone = lora_forge.run("a steampunk owl", "tiny_sdxl", iterations=3, rank=2, alpha=6)
+    assert result.rank == 2
+    assert result.steps == alone.steps
+
+
+def test_what_the_model_depends_on_belongs_to_load() -> None:
+    with lora_forge.load("tiny_sdxl") as session, pytest.raises(UsageError, match=r"base_model.*load\(\)"):
+        session.run("a steampunk owl", base_model="elsewhere")
+
+
+def test_a_failed_run_leaves_the_session_usable() -> None:
+    with lora_forge.load("tiny_sdxl") as session:
+        with pytest.raises(UsageError, match="blank"):
+            session.run("   ")
+        with pytest.raises(UsageError, match="cannot reach"):
+            session.run("a steampunk owl", inert="error")
+        assert session.run("a steampunk owl", iterations=1).loss_before < 0
+
+
+def test_settings_of_load_are_shared_and_those_of_run_win() -> None:
+    with lora_forge.load("tiny_sdxl", iterations=4, seed=3) as session:
+        assert (len(session.run("owl").steps), session.run("owl").run.seed) == (4, 3)
+        assert len(session.run("owl", iterations=1).steps) == 1
+
+
+def test_a_second_text_for_the_second_encoder_changes_its_layers_only() -> None:
+    with lora_forge.load("tiny_sdxl", iterations=3) as session:
+        one = session.run("a steampunk owl")
+        other = session.run("a steampunk owl", prompt_2="a green pepper")
+    first, second = "text_encoder", "text_encoder_2"
+    same = [torch.equal(p["lora_B"], other.weights[first][n]["lora_B"]) for n, p in one.weights[first].items()]
+    changed = [torch.equal(p["lora_B"], other.weights[second][n]["lora_B"]) for n, p in one.weights[second].items()]
+    assert all(same)
+    assert not any(changed)
+
+
+def test_every_kind_of_prompt_people_write_goes_through() -> None:
+    with PARTI.open(encoding="utf-8") as file:
+        prompts = [row["Prompt"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    odd = ["日本の城", "🦉🦉", "\\ \" ' `", "a" * 400, "<|endoftext|>", "(owl:1.3), [steampunk]", "line\nbreak"]
+    with lora_forge.load("tiny_sdxl", iterations=1) as session:
+        for prompt in [*prompts[::40], *odd]:
+            assert session.run(prompt).loss_after < 0
+
+
+@pytest.mark.slow
+def test_all_parti_prompts_go_through_one_session() -> None:
+    with PARTI.open(encoding="utf-8") as file:
+        prompts = [row["Prompt"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    assert len(prompts) == 1632
+    with lora_forge.load("tiny_sdxl", iterations=2) as session:
+        for prompt in prompts:
+            assert session.run(prompt).loss_after < 0

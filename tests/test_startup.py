@@ -1,0 +1,74 @@
+"""Helping, listing, showing and refusing import nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "diffusers", "peft", "safetensors", "numpy")
+RIGHT = (
+    "--help",
+    "--version",
+    "plugins --help",
+    "plugins list",
+    "plugins list --json",
+    "plugins show adamw",
+    "plugins show sdxl",
+    "models list",
+    "run --help",
+)
+WRONG = (
+    "run --prompt owl --model no_such_model",
+    "run --prompt owl --model tiny_sdxl --loss no_such_loss",
+    "run --prompt owl --model tiny_sdxl --output .",
+)
+COMMANDS = RIGHT + WRONG
+# One process for all of them, in order: what one imports is held against it, and against those after it.
+SCRIPT = f"""
+import contextlib, io, json, sys
+seen = {{}}
+def note(name, code=0):
+    seen[name] = [code, sorted(m for m in sys.modules if m.partition(".")[0] in {(*HEAVY, "lora_forge", "rich")!r})]
+import lora_forge
+note("import lora_forge")
+lora_forge.hookimpl, lora_forge.LossSpec
+note("the names a plugin needs")
+from lora_forge.cli.main import main
+for command in {COMMANDS!r}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        code = main(command.split())
+    note(command, code)
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, tuple[int, list[str]]]:
+    """By command, its exit code and the heavy and own modules imported by then, in a fresh process."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    result: dict[str, tuple[int, list[str]]] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize("name", ["import lora_forge", "the names a plugin needs", *COMMANDS])
+def test_nothing_heavy_is_imported_to_help_to_list_or_to_refuse(
+    seen: dict[str, tuple[int, list[str]]], name: str
+) -> None:
+    code, modules = seen[name]
+    assert [module for module in modules if module.partition(".")[0] in HEAVY] == []
+    assert code == (2 if name in WRONG else 0)
+
+
+def test_importing_the_package_imports_no_other_module_of_it(seen: dict[str, tuple[int, list[str]]]) -> None:
+    assert seen["import lora_forge"][1] == ["lora_forge"]
+
+
+def test_help_imports_no_verb_and_no_plugin(seen: dict[str, tuple[int, list[str]]]) -> None:
+    assert set(seen["--help"][1]) - set(seen["the names a plugin needs"][1]) == {
+        "lora_forge.cli",
+        "lora_forge.cli.main",
+        "lora_forge.errors",
+    }
