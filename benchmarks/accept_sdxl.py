@@ -61,7 +61,7 @@ def forge(given: argparse.Namespace) -> RunResult:
 
 
 def open_pipeline(given: argparse.Namespace) -> Any:
-    source = given.base_model or read_model_config(given.model).base_model
+    source = given.base_model or read_model_config(given.model).base_model or TINY
     source = str(tiny_sdxl_folder()) if source == TINY else source
     kind = diffusers.StableDiffusionXLPipeline
     load = kind.from_single_file if source.endswith(".safetensors") else kind.from_pretrained

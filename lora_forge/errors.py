@@ -88,9 +88,9 @@ def blaming(plugin: str, *, term: str | None = None, but: tuple[type[Exception],
     """Within this a plugin's code runs: whatever it raises, `but` some, becomes a RunFailed that names it."""
     try:
         yield
-    except (LoraForgeError, *but):
-        raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, (LoraForgeError, *but)):
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
         raise RunFailed(f"{plugin} failed: {reason}", term=term) from error
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,8 +41,8 @@ def tiny_folder(cache_folder: Path) -> Path:
 def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `lora-forge` in a process of its own, as a user would."""
 
-    def run(*arguments: str | Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path, **settings: Any) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "lora_forge", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)  # type: ignore[call-overload]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)
 
     return run

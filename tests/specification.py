@@ -72,10 +72,10 @@ def forge(
         for name in encoders:
             output = adapted[name](input_ids=tokens[name].input_ids, attention_mask=tokens[name].attention_mask)
             terms.append(-torch.mean(torch.abs(output.last_hidden_state)))
-        embedding_loss = sum(terms) / len(terms)
-        regularization = sum(l2 * torch.sum(p**2) for p in parameters)
+        embedding_loss = sum(terms, torch.zeros(())) / len(terms)
+        regularization = sum((l2 * torch.sum(p**2) for p in parameters), torch.zeros(()))
         total = embedding_loss + regularization
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(total.detach()))
     weights = {

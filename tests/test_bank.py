@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,8 @@ class TwoLayers(nn.Module):
         self.second = nn.Linear(11, 5, bias=False)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.tanh(self.first(rows)))
+        hidden: torch.Tensor = self.second(torch.tanh(self.first(rows)))
+        return hidden
 
 
 LAYERS = [TargetLayer("part", "first", 11, 7), TargetLayer("part", "second", 5, 11)]
@@ -56,7 +59,7 @@ def peft_model(weights: LoraWeights, prompt: int) -> TwoLayers:
     model = TwoLayers()
     get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(NAMES)))
     for name, pair in weights["part"].items():
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         layer.lora_A["default"].weight.data.copy_(pair["lora_A"][prompt])
         layer.lora_B["default"].weight.data.copy_(pair["lora_B"][prompt])
     return model
@@ -80,7 +83,8 @@ def test_each_prompt_of_a_bank_is_what_pefts_own_layer_computes_with_its_weights
         torch.testing.assert_close(output[prompt], expected, rtol=1e-5, atol=1e-5)
         expected.square().mean().backward()
         for layer in LAYERS:
-            theirs, ours = oracle.get_submodule(layer.name), bank.pairs[layer.key]
+            theirs: Any = oracle.get_submodule(layer.name)
+            ours: Any = bank.pairs[layer.key]
             torch.testing.assert_close(ours.lora_A.grad[prompt], theirs.lora_A["default"].weight.grad)
             torch.testing.assert_close(ours.lora_B.grad[prompt], theirs.lora_B["default"].weight.grad)
 
@@ -119,7 +123,7 @@ def test_all_matrices_and_their_gradients_are_views_of_one_buffer_each_even_afte
     model, _ = adapted_model(bank)
     model(torch.randn(PROMPTS, 6, 7)).sum().backward()
     assert bank.parameter.numel() == PROMPTS * sum(RANK * (layer.in_features + layer.out_features) for layer in LAYERS)
-    pairs = [tensor for pair in bank.pairs.values() for tensor in pair]
+    pairs: list[Any] = [tensor for pair in bank.pairs.values() for tensor in pair]
     values = torch.cat([tensor.detach().reshape(PROMPTS, -1) for tensor in pairs], dim=1)
     gradients = torch.cat([tensor.grad.reshape(PROMPTS, -1) for tensor in pairs], dim=1)
     assert torch.equal(values, bank.parameter.detach())
@@ -132,7 +136,7 @@ def test_all_matrices_and_their_gradients_are_views_of_one_buffer_each_even_afte
 
 def test_l2_and_its_gradient_are_those_of_autograd_per_prompt() -> None:
     bank, strength = filled_bank(), 1e-2
-    leaf = bank.parameter.detach().clone().requires_grad_()
+    leaf: Any = bank.parameter.detach().clone().requires_grad_()
     expected = strength * (leaf**2).sum(dim=1)
     expected.sum().backward()
     values = bank.add_l2(strength)

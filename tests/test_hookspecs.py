@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_the_optimizer_example_makes_the_steps(site: Site) -> None:
 
 def test_the_saver_example_writes_a_file_that_holds_the_weights(site: Site) -> None:
     file = example(site, "lora_forge_savers")
-    spec = supplied("saver", file)
+    spec: Any = supplied("saver", file)
     output = site.folder / f"owl{spec.suffix}"
     result = lora_forge.run("an owl", "tiny_sdxl", iterations=2, saver=spec.name, plugins=[file], output=output)
     saved = torch.load(output)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -157,9 +156,9 @@ def lora_forge_step_finished(event):
 
 
 @pytest.fixture
-def observer(here: Path) -> Iterator[str]:
+def observer(here: Path) -> str:
     (here / "observer.py").write_text(OBSERVER, encoding="utf-8")
-    yield "observer.py"
+    return "observer.py"
 
 
 @pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
@@ -169,8 +168,9 @@ def test_a_run_that_is_stopped_says_so_in_one_line_and_leaves_no_file(
     arguments = ["--plugin", observer, "-o", "out/owl.safetensors"]
     returned, lines, out = stderr_of_a_stopped_run(here, signal.Signals[number], *arguments)
     assert returned == code, lines
-    (line,) = [line for line in lines if not line.startswith("step ")]
-    assert line.startswith(f"lora-forge: {word}")
+    said = [line for line in lines if not line.startswith("step ")]
+    assert len(said) == 1, lines
+    assert said[0].startswith(f"lora-forge: {word}")
     assert out == ""
     assert files(here) == []
 

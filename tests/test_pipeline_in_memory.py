@@ -165,5 +165,5 @@ def test_what_is_no_whole_sdxl_pipeline_is_an_error_that_says_what_it_lacks(pipe
     with pytest.raises(ModelError, match="object is no SDXL pipeline"):
         lora_forge.run(PROMPT, "tiny_sdxl", pipeline=object(), iterations=1)
     pipe.text_encoder = None
-    with pytest.raises(ModelError, match="it has no text_encoder$"):
+    with pytest.raises(ModelError, match=r"it has no text_encoder$"):
         lora_forge.run(PROMPT, "tiny_sdxl", pipeline=pipe, iterations=1)

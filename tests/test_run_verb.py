@@ -240,9 +240,21 @@ def test_no_path_host_or_user_of_this_machine_is_in_the_file(
     shutil.copy(shipped_folder() / "tiny_sdxl_config.json", private / "mine_config.json")
     first = run_json(capsys, "-o", private / "first.safetensors")
     assert first["path"] == str(private / "first.safetensors")
-    base = ["--model", private / "mine_config.json", "--base-model", tiny_folder]
-    plugin = ["--plugin", private / "quiet.py", "--loss", "quiet", "--loss-opt", f"table={private / 'table.txt'}"]
-    other = ["--init-from", private / "first.safetensors", "--backend-opt", f"config={private / 'configs'}"]
+    base: list[str | Path] = ["--model", private / "mine_config.json", "--base-model", tiny_folder]
+    plugin: list[str | Path] = [
+        "--plugin",
+        private / "quiet.py",
+        "--loss",
+        "quiet",
+        "--loss-opt",
+        f"table={private / 'table.txt'}",
+    ]
+    other: list[str | Path] = [
+        "--init-from",
+        private / "first.safetensors",
+        "--backend-opt",
+        f"config={private / 'configs'}",
+    ]
     run_json(capsys, *base, *plugin, *other, "-o", private / "owl.safetensors")
 
     content = (private / "owl.safetensors").read_bytes()

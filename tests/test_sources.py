@@ -82,7 +82,7 @@ def shard(file: Path, variant: str = "") -> None:
     stem = file.name.removesuffix(".safetensors")
     names = sorted(tensors)
     halves = {1: names[: len(names) // 2], 2: names[len(names) // 2 :]}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, half in halves.items():
         shard_name = f"{stem}{variant}-0000{number}-of-00002.safetensors"
         save_file({name: tensors[name] for name in half}, file.with_name(shard_name), metadata={"format": "pt"})

@@ -35,7 +35,9 @@ def pipe(tiny_folder: Path) -> Any:
 
 def picture(pipe: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return pipe("an owl", num_inference_steps=1, height=64, width=64, generator=generator, output_type="pt").images
+    made = pipe("an owl", num_inference_steps=1, height=64, width=64, generator=generator, output_type="pt")
+    images: torch.Tensor = made.images
+    return images
 
 
 def test_it_is_a_complete_sdxl_that_makes_an_image(pipe: Any, tiny_folder: Path) -> None:

@@ -33,6 +33,12 @@ class Verbs(click.Group):
         command: click.Command = importlib.import_module(_VERBS[cmd_name][0]).command
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise click.Abort from error  # before click sees it, which would print a line of its own
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _VERBS.items()])
@@ -64,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(_lower_first(error.format_message()), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        if sys.stderr.isatty():
+            click.echo(err=True)  # past the terminal's own ^C
         return _fail("interrupted; no partial file is left", 130, label="")
     except Terminated:
         return _fail("terminated; no partial file is left", 143, label="")
