@@ -93,6 +93,12 @@ def test_strength_and_target_shift_exclude_each_other() -> None:
         lora_forge.run(PROMPT, "tiny_sdxl", strength=2.0, target_shift=0.1)
 
 
+def test_the_later_of_strength_and_target_shift_wins_over_one_given_before() -> None:
+    with lora_forge.load("tiny_sdxl", iterations=5, strength=3.0) as session:
+        result = session.run(PROMPT, target_shift=0.05)
+    assert result.effect.conditioning_shift == pytest.approx(0.05, rel=2e-3)
+
+
 def test_the_loss_after_is_that_of_the_weights_in_the_file(tmp_path: Path) -> None:
     first = lora_forge.run(PROMPT, "tiny_sdxl", iterations=5, output=tmp_path / "first.safetensors")
     again = lora_forge.run(PROMPT, "tiny_sdxl", iterations=0, init_from=tmp_path / "first.safetensors")

@@ -97,6 +97,9 @@ def collect_run_config(layers: Sequence[Mapping[str, Any]]) -> tuple[RunConfig, 
     fields = {f.name: f for f in dataclasses.fields(RunConfig)}
     values: dict[str, Any] = {}
     for layer in layers:
+        for one, other in (("strength", "target_shift"), ("target_shift", "strength")):
+            if layer.get(one) is not None:  # they exclude each other: the later layer wins
+                values.pop(other, None)
         for key, value in layer.items():
             if key not in fields:
                 problems.append(Problem(key, f"unknown key{nearest(key, fields)}"))
