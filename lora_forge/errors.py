@@ -102,7 +102,7 @@ class UndeclaredNeed(RunFailed):
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"`, or the known names when none is close, or `""` when there are none."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.55)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
     if not names:

@@ -24,9 +24,9 @@ class LoadedModel:
         self._adapted: set[str] = set()
 
     def check(self, plan: Plan) -> None:
-        """Check target layers against the real architecture and the weight files' integrity; read no weights."""
-        self.layers = expand_targets(plan.model, self.backend.architecture(), rank=plan.rank)
+        """Check that the weight files are whole, and target layers against the architecture; read no weights."""
         self.backend.check_files(plan.load)
+        self.layers = expand_targets(plan.model, self.backend.architecture(), rank=plan.rank)
 
     @contextmanager
     def use(self, plan: Plan, clock: Clock) -> Iterator[None]:

@@ -154,6 +154,9 @@ class Registry:
 
     def _unknown(self, kind: str, name: str) -> str:
         known = [one.qualified_name if ":" in name else one.spec.name for one in self.supplied[kind]]
+        before, _, last = name.rpartition(":")
+        if any(before in (one.spec.name, one.qualified_name) for one in self.supplied[kind]):
+            return f"{kind} {before!r}: {last!r} is neither a weight nor a name"
         return f"unknown {kind} {name!r}{nearest(name, known)}{self.suspects(name)}"
 
     def suspects(self, name: str) -> str:

@@ -27,7 +27,7 @@ from lora_forge.reach import Reach
 from lora_forge.result import RunResult, Values
 from lora_forge.saving import save_lora
 from lora_forge.steps import StepLog
-from lora_forge.strength import scale_to_strength
+from lora_forge.strength import scale_to_strength, strength_warnings
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _result(
     notes: Sequence[str],
 ) -> RunResult:
     weights = trained.bank.weights(index)
-    effect, reach = trained.effects[index], trained.reach
+    effect, reach, factor = trained.effects[index], trained.reach, trained.factors[index]
     file = save_lora(plan, request, weights, effect, reach, family=model.backend.family)
     steps = tuple(trained.log.values[index])
     after = trained.after[index]
@@ -204,8 +204,8 @@ def _result(
         inert=tuple(f"{component}.{layer}" for component, layer in reach.inert),
         dropped=file.dropped,
         padded=file.padded,
-        strength=trained.factors[index],
-        warnings=(*notes, *reach.warnings(plan), *file.warnings),
+        strength=factor,
+        warnings=(*notes, *reach.warnings(plan), *strength_warnings(plan, factor), *file.warnings),
         metadata=file.metadata,
         usage=model.backend.usage(str(request.output or "lora.safetensors"), request.prompt),
         seconds=clock.seconds,

@@ -12,6 +12,7 @@ from lora_forge.plan import Plan
 
 TOLERANCE = 1e-3
 MAX_EVALUATIONS = 60
+FACTOR_WORTH_A_WARNING = 100.0
 LARGEST_FACTOR = 2.0**20
 
 
@@ -28,6 +29,16 @@ def scale_to_strength(plan: Plan, bank: Bank, view: ModelView) -> list[float]:
     if bool((factors != 1).any()):
         bank.scale_result(factors)
     return [float(factor) for factor in factors]
+
+
+def strength_warnings(plan: Plan, factor: float) -> tuple[str, ...]:
+    """Plain words about a LoRA that had to be blown up to move the conditioning as far as asked."""
+    if plan.config.target_shift is None or factor <= FACTOR_WORTH_A_WARNING:
+        return ()
+    return (
+        f"the LoRA had hardly moved the conditioning and was scaled by {factor:.3g} to reach the target shift: "
+        "what moves it may be noise; more iterations or a higher learning rate help",
+    )
 
 
 def _factors_for_shift(target: float, bank: Bank, view: ModelView) -> torch.Tensor:

@@ -42,6 +42,8 @@ class Progress:
             )
             self._bar.start()
             self._task = self._bar.add_task("loading", total=self._iterations, values="")
+        else:
+            self._console.print("loading", highlight=False)
         return self
 
     def __exit__(
@@ -97,6 +99,7 @@ def print_result(result: RunResult) -> None:
 def print_plan(record: dict[str, Any]) -> None:
     """A resolved run, one row a key."""
     table = Table("key", "value", title="the run, resolved", title_justify="left")
+    table.columns[1].overflow = "fold"
     for key, value in record.items():
         table.add_row(key, escape(_cell(value)))
     Console().print(table)

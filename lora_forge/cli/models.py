@@ -28,7 +28,9 @@ def list_models(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("name", no_wrap=True), "backend", "base model", "rank", "alpha", "target layers")
+    table = Table(
+        Column("name", no_wrap=True), "backend", Column("base model", overflow="fold"), "rank", "alpha", "target layers"
+    )
     for row in rows:
         layers = ", ".join(f"{component} {count}" for component, count in row["target_layers"].items())
         table.add_row(row["name"], row["backend"], row["base_model"], str(row["rank"]), f"{row['alpha']:g}", layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
@@ -26,11 +26,20 @@ _SPELLINGS = {
     "output": ("-o", "--output", "--output_path"),
     "plugins": ("--plugin",),
 }
+_DEFAULTS = {
+    "base_model": "the model config's",
+    "rank": "the model config's",
+    "alpha": "the model config's",
+    "iterations": "the model config's, or 50",
+    "l2": "the model config's, or 1e-05",
+    "output": "output/<the prompt's words>_lora.safetensors",
+}
 Answer = Callable[[object], None]  # prints an object as JSON
 
 
 def _scalar_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """One option for each scalar key of a run config, with the key's own help."""
+    hints = get_type_hints(RunConfig)
     for field in reversed(dataclasses.fields(RunConfig)):
         if "help" not in field.metadata:
             continue
@@ -41,17 +50,35 @@ def _scalar_options(function: Callable[..., Any]) -> Callable[..., Any]:
         elif field.name == "plugins":
             settings.update(multiple=True, metavar="FILE.py")
         else:
-            settings["metavar"] = field.name.upper() if len(field.name) < 9 else "VALUE"
-            if field.default not in (None, ""):
-                settings["help"] += f"  [default: {field.default}]"
+            settings["metavar"] = _metavar(hints[field.name])
+            default = _DEFAULTS.get(field.name, field.default)
+            if default not in (None, ""):
+                settings["help"] += f"  [default: {default}]"
         function = click.option(*names, field.name, **settings)(function)
     return function
 
 
+def _metavar(hint: Any) -> str:
+    arms = [arm for arm in get_args(hint) if arm is not type(None)]
+    if get_origin(hint) is Literal:
+        return "|".join(arms)
+    return {int: "N", float: "X", Path: "FILE"}.get(arms[0] if arms else hint, "TEXT")
+
+
 @click.command(name="run", short_help="Make a LoRA for one prompt.")
 @_scalar_options
-@click.option("--loss", multiple=True, metavar="NAME[:WEIGHT]", help="a term of the objective; repeatable")
-@click.option("--loss-opt", multiple=True, metavar="[NAME.]KEY=VALUE", help="an option of a loss; repeatable")
+@click.option(
+    "--loss",
+    multiple=True,
+    metavar="NAME[:WEIGHT]",
+    help="a term of the objective; repeatable  [default: embedding_magnitude]",
+)
+@click.option(
+    "--loss-opt",
+    multiple=True,
+    metavar="[NAME.]KEY=VALUE",
+    help="an option of a loss, as `plugins show` lists them; repeatable",
+)
 @click.option("--initializer", metavar="NAME", help="the initializer  [default: gaussian]")
 @click.option("--initializer-opt", multiple=True, metavar="KEY=VALUE", help="an option of it; repeatable")
 @click.option("--optimizer", metavar="NAME", help="the optimizer  [default: adamw]")

@@ -61,7 +61,9 @@ def read_model_config(name_or_path: str) -> ModelConfig:
     if name_or_path not in shipped_names():
         path = Path(name_or_path)
         if path.suffix != ".json" and not os.path.isfile(path):
-            raise ModelError(f"unknown model {name_or_path!r}{nearest(name_or_path, shipped_names())}")
+            beside = f"{name_or_path}{SUFFIX}"
+            meant = f"; did you mean {beside!r}, which is here?" if os.path.isfile(beside) else None
+            raise ModelError(f"unknown model {name_or_path!r}{meant or nearest(name_or_path, shipped_names())}")
         if not os.path.isfile(path):
             raise ModelError(f"model config {name_or_path!r} does not exist")
     try:

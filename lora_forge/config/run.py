@@ -40,8 +40,8 @@ class RunConfig:
     prompt_2: str | None = _knob(None, "another text for the second text encoder")
     model: str = _knob("sdxl_base", "model config: a name, or a path to a JSON file")
     base_model: str | None = _knob(None, "where the weights come from: Hub id, folder or .safetensors")
-    rank: int | None = _knob(None, "LoRA rank, instead of the model config's", min=1)
-    alpha: float | None = _knob(None, "LoRA alpha, instead of the model config's", above=0)
+    rank: int | None = _knob(None, "LoRA rank", min=1)
+    alpha: float | None = _knob(None, "LoRA alpha", above=0)
     iterations: int | None = _knob(None, "steps; 0 writes the initial weights", min=0)
     l2: float | None = _knob(None, "strength of the L2 term over all LoRA parameters", min=0)
     seed: int = _knob(0, "seed of the initial weights", min=0, max=2**63 - 1)
@@ -139,7 +139,8 @@ def _day(epoch: str, problems: list[Problem]) -> str | None:
 
 def _device(value: Any) -> Any:
     if isinstance(value, str) and not _DEVICE.match(value):
-        raise Unfit(f"unknown device {str(value)!r}{nearest(value, DEVICES)}")
+        meant = "cuda" if value.lower() in ("gpu", "nvidia") else value
+        raise Unfit(f"unknown device {str(value)!r}{nearest(meant, DEVICES)}")
     return value
 
 

@@ -8,6 +8,7 @@ Universal is the one layout that diffusers, ComfyUI, Forge, A1111, InvokeAI and 
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 from lora_forge.errors import LoraForgeError
@@ -77,8 +78,10 @@ def diffusers_name(component: str, layer: str) -> str:
 
 def file_stem(prompt: str) -> str:
     """The prompt's words as a file name that is safe everywhere, without a suffix."""
-    words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60].rstrip("_")
-    return f"{words or 'prompt'}_lora"
+    words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60].rstrip("_") or "prompt"
+    if not prompt.isascii():  # what was left out may be all that tells two prompts apart
+        words += f"_{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+    return f"{words}_lora"
 
 
 def missing_siblings(layers: list[str]) -> dict[str, str]:

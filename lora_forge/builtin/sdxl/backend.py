@@ -24,6 +24,7 @@ ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 COMPONENTS = (*ENCODERS, "unet")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0")
 _MLP = ("fc1", "fc2", "ff.net.0.proj", "ff.net.2")
+_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 _BLOCKS = ("text_model.encoder.layers.", "down_blocks.", "mid_block.", "up_blocks.")
 
 
@@ -66,17 +67,20 @@ class SdxlBackend(Backend):
         from safetensors import SafetensorError, safe_open
 
         for component in components:
+            keys: set[str] = set()
             for file in self._source.weight_files(component):
                 try:
-                    with safe_open(file, framework="pt"):
-                        pass  # opening checks the header, and the file's length against it
+                    with safe_open(file, framework="pt") as opened:  # checks the header, and the length against it
+                        keys.update(opened.keys())
                 except (SafetensorError, OSError) as error:
                     raise ModelError(
                         f"base model {self._source.name!r}: {component}/{file.name} is broken or truncated: {error}"
                     ) from error
-        for encoder in ENCODERS:
-            if encoder in components:
-                self._check_tokenizer(self._source, encoder)
+            if component in ENCODERS:
+                embedding = self._source.locate(component, _EMBEDDING)[0]
+                if not {embedding, embedding.removeprefix("text_model.")} & keys:
+                    raise ModelError(f"base model {self._source.name!r} is no SDXL: it has no {embedding!r}")
+                self._check_tokenizer(self._source, component)
 
     def load(self, components: Collection[str]) -> None:
         dtype = getattr(torch, self._request.dtype)

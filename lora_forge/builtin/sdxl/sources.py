@@ -144,7 +144,7 @@ class Hub(Folder):
         except LocalEntryNotFoundError as error:
             if self._is_cached():
                 return None
-            raise ModelError(f"base model {self.name!r} is no folder here, and the Hub cannot be reached") from error
+            raise ModelError(f"base model {self.name!r} is no folder here, and the Hub {_unreachable()}") from error
         except EntryNotFoundError:
             return None
         except Exception as error:  # the Hub's own errors, and those of its HTTP library
@@ -176,6 +176,12 @@ class SingleFile(Folder):
         return UNet2DConditionModel.from_single_file(
             str(self.file), config=str(self.root), subfolder="unet", torch_dtype=dtype, local_files_only=True
         )
+
+
+def _unreachable() -> str:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return "was not asked, since HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "cannot be reached"
 
 
 def open_source(name: str, configs: Path | None) -> Source:
