@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_forge.contracts import LoraWeights, TargetLayer
+from lora_forge.contracts import LayerKey, LoraWeights, TargetLayer
 from lora_forge.errors import ModelError
 
 
@@ -42,8 +42,10 @@ class Bank:
         self.scale = alpha / rank
         numbers = sum(rank * (layer.in_features + layer.out_features) for layer in layers)
         self.parameter = nn.Parameter(torch.zeros(prompts, numbers, device=device))
-        self.parameter.grad = torch.zeros_like(self.parameter)
-        self.pairs: dict[tuple[str, str], Pair] = {}
+        self._gradient = torch.zeros_like(self.parameter)
+        self.parameter.grad = self._gradient
+        self._rows: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.pairs: dict[LayerKey, Pair] = {}
         start = 0
         for layer in layers:
             lora_a, start = self._view(start, rank, layer.in_features)
@@ -54,15 +56,13 @@ class Bank:
         stop = start + rows * columns
         shape = (self.prompts, rows, columns)
         view = self.parameter.data[:, start:stop].view(shape).requires_grad_()
-        assert self.parameter.grad is not None
-        view.grad = self.parameter.grad[:, start:stop].view(shape)
+        view.grad = self._gradient[:, start:stop].view(shape)
         return view, stop
 
     @property
     def gradient(self) -> torch.Tensor:
         """`(prompts, numbers)`, the buffer that every pair's gradient is a view of."""
-        assert self.parameter.grad is not None
-        return self.parameter.grad
+        return self._gradient
 
     def fill(self, weights: LoraWeights) -> None:
         """Copy LoRA weights in (shapes as the pairs'), and check that they arrived.
@@ -86,7 +86,11 @@ class Bank:
             raise ModelError("initial weights are not finite")
 
     def zero_gradient(self) -> None:
-        self.gradient.zero_()
+        """Clear the gradient, and put it back in place should an optimizer have taken it away."""
+        self._gradient.zero_()
+        self.parameter.grad = self._gradient
+        for row, gradient in self._rows:
+            row.grad = gradient
 
     def add_l2(self, strength: float) -> torch.Tensor:
         """L2 of each prompt, `strength · sum(p²)`, shape `(prompts,)`; its gradient is added to the bank's.
@@ -118,6 +122,7 @@ class Bank:
                 assert tensor.grad is not None
                 row = nn.Parameter(tensor.detach()[prompt])
                 row.grad = tensor.grad[prompt]
+                self._rows.append((row, row.grad))
                 parameters.append(row)
         return parameters
 
@@ -127,7 +132,7 @@ class Bank:
             for pair in self.pairs.values():
                 pair.lora_B.mul_(factors.to(pair.lora_B.device).view(-1, 1, 1))
 
-    def delta_norms(self) -> dict[tuple[str, str], torch.Tensor]:
+    def delta_norms(self) -> dict[LayerKey, torch.Tensor]:
         """Frobenius norm of each layer's ΔW, `(prompts,)` float64 on the CPU, from the two r × r Gram matrices."""
         norms = {}
         with torch.no_grad():
@@ -159,7 +164,7 @@ class BankLinear(nn.Module):
     """A frozen linear layer plus each prompt's own low-rank term.
 
     Rows come in prompts-major order: the first dimension of the input is `prompts · k`. The low-rank
-    term is computed in float32 and added in the layer's own dtype, as PEFT does.
+    term is computed and added in float32, and the sum rounded to the layer's own dtype, as PEFT does.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **_: Any) -> None:
@@ -180,10 +185,10 @@ class BankLinear(nn.Module):
         lora_a, lora_b = bank.pairs[self.key]
         rows = hidden.reshape(bank.prompts, -1, hidden.shape[-1]).float()
         delta = torch.bmm(torch.bmm(rows, lora_a.transpose(1, 2)), lora_b.transpose(1, 2)) * bank.scale
-        return result + delta.view(result.shape).to(result.dtype)
+        return (result + delta.view(result.shape)).to(result.dtype)
 
 
-def inject(model: nn.Module, names: Mapping[str, tuple[str, str]], rank: int, alpha: float, slot: BankSlot) -> Any:
+def inject(model: nn.Module, names: Mapping[str, LayerKey], rank: int, alpha: float, slot: BankSlot) -> Any:
     """Have PEFT put a `BankLinear` in place of each named linear layer of a frozen model.
 
     names: the module path in this model, to the key of its pair in the bank.

@@ -8,6 +8,7 @@ what the loss declares it needs.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -43,13 +44,25 @@ class ModelView:
         self._adapted.clear()
         self.step += 1
 
+    def begin_evaluation(self) -> None:
+        """As `begin_step`, outside the step loop: losses see the first step's noise again."""
+        self._adapted.clear()
+        self.step = 1
+
     def tokens(self, texts: Texts) -> dict[str, Tokens]:
+        """Tokens per encoder, `(prompts, length)`, on the model's device."""
         for encoder, rows in texts:
             if (encoder, rows) not in self._tokens:
-                self._tokens[encoder, rows] = self.backend.tokenize(encoder, rows)
+                tokens = self.backend.tokenize(encoder, rows)
+                self._tokens[encoder, rows] = replace(
+                    tokens,
+                    input_ids=tokens.input_ids.to(self.device),
+                    attention_mask=tokens.attention_mask.to(self.device),
+                )
         return {encoder: self._tokens[encoder, rows] for encoder, rows in texts}
 
     def outputs(self, texts: Texts, *, adapted: bool, masked: bool) -> dict[str, EncoderOutput]:
+        """Outputs per encoder, each `(prompts, …)` float32; run once per step (adapted) or per run (frozen)."""
         cache = self._adapted if adapted else self._frozen
         if (texts, masked) not in cache:
             if adapted:

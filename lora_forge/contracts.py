@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LoraWeights = dict[str, dict[str, dict[str, "torch.Tensor"]]]
 
 
+LayerKey = tuple[str, str]  # (component, canonical path)
+
+
 @dataclass(frozen=True)
 class TargetLayer:
     """A linear layer that gets a LoRA: `name` is its canonical dotted path within `component`."""
@@ -32,7 +35,7 @@ class TargetLayer:
     in_features: int
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> LayerKey:
         return (self.component, self.name)
 
 

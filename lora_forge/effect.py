@@ -10,8 +10,7 @@ import torch
 
 from lora_forge.bank import Bank
 from lora_forge.batch import ModelView
-
-LayerKey = tuple[str, str]
+from lora_forge.contracts import LayerKey
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class Shift:
 class Effect:
     """Per component, and per part of the conditioning; `conditioning_shift` is that of all parts together.
 
-    Without a loaded encoder there is no conditioning to compare: `shifts` is empty, `conditioning_shift` None.
+    Only encoders in use are compared: one without target layers does not move. Without any, `shifts` is
+    empty and `conditioning_shift` None.
     """
 
     components: tuple[ComponentEffect, ...]
@@ -54,9 +54,9 @@ class Effect:
         return asdict(self)
 
 
-def measure_effect(bank: Bank, view: ModelView, reached: Collection[LayerKey]) -> list[Effect]:
+def measure_effect(bank: Bank, view: ModelView, reached: Collection[LayerKey], loaded: Collection[str]) -> list[Effect]:
     """One `Effect` per prompt of the bank. The adapted and frozen models run unmasked, as the pipeline does."""
-    components = _component_effects(bank, view, reached)
+    components = _component_effects(bank, view, reached, loaded)
     shifts = conditioning_shifts(view)
     return [
         Effect(components[prompt], tuple(shifts[prompt][1:]), shifts[prompt][0].relative if shifts[prompt] else None)
@@ -90,9 +90,12 @@ def _shift(name: str, before: torch.Tensor, after: torch.Tensor) -> Shift:
     return Shift(name, float(relative), float(cosine))
 
 
-def _component_effects(bank: Bank, view: ModelView, reached: Collection[LayerKey]) -> list[tuple[ComponentEffect, ...]]:
+def _component_effects(
+    bank: Bank, view: ModelView, reached: Collection[LayerKey], loaded: Collection[str]
+) -> list[tuple[ComponentEffect, ...]]:
     norms = bank.delta_norms()
-    base = {key: view.backend.weight_norm(*key) for key in norms}
+    # Of the run's own components only: what an earlier run of the session left loaded must not show.
+    base = {key: view.backend.weight_norm(*key) if key[0] in loaded else None for key in norms}
     components = list(dict.fromkeys(component for component, _ in norms))
     effects = []
     for prompt in range(bank.prompts):

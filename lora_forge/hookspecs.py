@@ -175,7 +175,7 @@ def lora_forge_run_failed(event: RunFailure) -> None:
     """
 
 
-# A new extension point is a row here and a hookspec above; nothing else enumerates them.
+# Discovery, resolution and `plugins list` read this table: a new extension point is a row and a hookspec.
 EXTENSION_POINTS: dict[str, tuple[str, type[Spec]]] = {
     "initializer": ("lora_forge_initializers", InitializerSpec),
     "loss": ("lora_forge_losses", LossSpec),

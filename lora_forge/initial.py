@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,11 +10,8 @@ from lora_forge.contracts import InitialLayer, LoraWeights, TargetLayer
 from lora_forge.errors import blaming
 from lora_forge.files.read import read_lora
 from lora_forge.model import LoadedModel
-from lora_forge.plan import Plan
+from lora_forge.plan import Plan, Request
 from lora_forge.seeds import layer_generator
-
-if TYPE_CHECKING:
-    from lora_forge.runner import Request
 
 
 def initial_weights(plan: Plan, model: LoadedModel, requests: Sequence[Request]) -> LoraWeights:
@@ -45,4 +41,16 @@ def _initialize(initializer, layer: TargetLayer, plan: Plan, seed: int) -> dict[
     initial = InitialLayer(layer.component, layer.name, layer.out_features, layer.in_features, plan.rank, generator)
     with blaming(f"initializer {plan.initializer.name!r}"):
         lora_a, lora_b = initializer(initial)
-        return {"lora_A": lora_a.float(), "lora_B": lora_b.float()}
+        pair = {"lora_A": lora_a.float(), "lora_B": lora_b.float()}
+        _check_pair(pair, layer, plan.rank)
+    return pair
+
+
+def _check_pair(pair: dict[str, torch.Tensor], layer: TargetLayer, rank: int) -> None:
+    shapes = {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
+    for name, expected in shapes.items():
+        where = f"{name} of {layer.component}.{layer.name}"
+        if tuple(pair[name].shape) != expected:
+            raise ValueError(f"{where} has shape {tuple(pair[name].shape)}, expected {expected}")
+        if not bool(pair[name].isfinite().all()):
+            raise ValueError(f"{where} is not finite")

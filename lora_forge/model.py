@@ -10,7 +10,7 @@ from lora_forge.bank import BankSlot
 from lora_forge.clock import Clock
 from lora_forge.config.model import expand_targets
 from lora_forge.contracts import Backend, BackendRequest, TargetLayer
-from lora_forge.errors import ModelError
+from lora_forge.errors import ModelError, blaming
 from lora_forge.plan import Plan
 
 
@@ -32,11 +32,12 @@ class LoadedModel:
     def use(self, plan: Plan, clock: Clock) -> Iterator[None]:
         """Have what the plan needs loaded and adapted; afterwards no bank is left in the slot."""
         fresh = [component for component in plan.load if component not in self._adapted]
-        with clock.phase("load"):
+        with clock.phase("load"), blaming(f"backend {plan.backend.name!r}"):
             self.backend.load(fresh)
-            layers = [layer for layer in self.layers if layer.component in fresh]
-            self.backend.adapt(layers, plan.rank, plan.alpha, self.slot)
-            self._adapted.update(fresh)
+            for component in fresh:
+                layers = [layer for layer in self.layers if layer.component == component]
+                self.backend.adapt(layers, plan.rank, plan.alpha, self.slot)
+                self._adapted.add(component)
         try:
             yield
         finally:
@@ -56,7 +57,8 @@ def open_model(plan: Plan, *, pipeline: Any = None) -> LoadedModel:
     """
     device = resolve_device(plan.config.device) if pipeline is None else str(getattr(pipeline, "device", "cpu"))
     request = BackendRequest(plan.base_model, device, plan.config.dtype, pipeline)
-    model = LoadedModel(plan.backend.build()(request), device)
+    with blaming(f"backend {plan.backend.name!r}"):
+        model = LoadedModel(plan.backend.build()(request), device)
     model.check(plan)
     return model
 

@@ -27,7 +27,7 @@ class Objective:
 
     def __init__(self, terms: Sequence[Term], view: ModelView) -> None:
         self.terms = tuple(terms)
-        self._prompts = view.prompts
+        self._prompts, self._device = view.prompts, view.device
         self._batches = [Batch(view, term.needs, term.label) for term in terms]
 
     def values(self) -> dict[str, torch.Tensor]:
@@ -51,4 +51,4 @@ class Objective:
                 f"loss {term.label!r} must return one value per prompt, shape ({self._prompts},); got {got}",
                 term=term.label,
             )
-        return value.float()
+        return value.to(self._device, torch.float32)

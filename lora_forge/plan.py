@@ -17,7 +17,7 @@ from lora_forge.contracts import BackendRequest
 from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, PluginError, Problem
 from lora_forge.options import options_as_dict, parse_options
 from lora_forge.plugins import Registry, Supplied, build
-from lora_forge.records import BackendSpec, LossSpec, OptimizerSpec, SaverSpec
+from lora_forge.records import NEEDS, BackendSpec, LossSpec, OptimizerSpec, SaverSpec
 
 DEFAULT_ITERATIONS = 50
 DEFAULT_L2 = 1e-5
@@ -50,6 +50,21 @@ class ChosenTerm:
     weight: float
     needs: frozenset[str]
     chosen: Chosen
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is a prompt's own within a batch."""
+
+    prompt: str
+    prompt_2: str | None
+    seed: int
+    output: Path | None
+
+
+def short_digest(value: Any) -> str:
+    """Twelve hex digits that are the same for the same JSON-ready value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -117,9 +132,9 @@ class Plan:
             "backend": self.backend.record(),
         }
 
-    def run_id(self) -> str:
-        """Twelve hex digits that are the same for the same request."""
-        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:12]
+    def record_of(self, request: Request) -> dict[str, Any]:
+        """The record of one request of a batch."""
+        return {**self.record(), "prompt": request.prompt, "prompt_2": request.prompt_2, "seed": request.seed}
 
 
 def make_plan(
@@ -162,7 +177,7 @@ def make_plan(
         terms=terms,
         optimizer=optimizer,
         saver=saver,
-        base_model=base_model or "in memory",
+        base_model="in memory" if in_memory or not base_model else base_model,
         rank=config.rank or model.lora_rank,
         alpha=config.alpha or model.lora_alpha,
         iterations=_first(config.iterations, model.iterations, DEFAULT_ITERATIONS),
@@ -240,10 +255,10 @@ def _components(
             f"{', '.join(sorted(reachable)) or 'nothing'}, but the target layers of {model.name!r} "
             f"are in {', '.join(sorted(targeted)) or 'no component'}: nothing would be trained"
         )
-    if config.prompt_2 is not None and len(backend.encoders) < 2:
-        raise ObjectiveError(f"prompt_2: backend {backend.name!r} has one text encoder only")
     load = targeted & reachable if needs <= {"text"} else reachable
     encoders = tuple(encoder for encoder in backend.encoders if encoder in load)
+    if config.prompt_2 is not None and not set(encoders) & set(backend.encoders[1:]):
+        raise ObjectiveError("prompt_2: no second text encoder is in use that would read it")
     return tuple(component for component in backend.components if component in load), encoders
 
 
@@ -265,7 +280,11 @@ def _terms(registry: Registry, config: RunConfig, problems: list[Problem]) -> tu
 
 def _needs(spec: LossSpec, chosen: Chosen) -> frozenset[str]:
     try:
-        return spec.needs_for(chosen.options)
+        needs = spec.needs_for(chosen.options)
+        unknown = sorted(needs - set(NEEDS))
+        if unknown:
+            raise ValueError(f"{', '.join(map(repr, unknown))} is no need; known: {', '.join(NEEDS)}")
+        return needs
     except Exception as error:
         name = chosen.supplied.qualified_name
         raise PluginError(f"loss {name!r} cannot say what it needs: {type(error).__name__}: {error}") from error

@@ -8,10 +8,9 @@ from functools import partial
 import torch
 
 from lora_forge.bank import Bank
+from lora_forge.contracts import LayerKey
 from lora_forge.errors import ObjectiveError
 from lora_forge.plan import Plan
-
-LayerKey = tuple[str, str]
 
 
 class Reach:
@@ -48,18 +47,29 @@ class Reach:
         if self.inert and plan.config.inert == "error":
             raise ObjectiveError(f"{self._in_words()} (--inert keep or drop accepts that)")
 
-    def warnings(self, plan: Plan) -> list[str]:
+    def idle(self, prompt: int) -> list[LayerKey]:
+        """Inert layers that change nothing. Others carry a change from where they started, from a file say."""
+        return [key for key in self.inert if not bool(self._bank.pairs[key].lora_B.detach()[prompt].any())]
+
+    def dropped(self, plan: Plan, prompt: int) -> list[LayerKey]:
+        """Layers that a prompt's file leaves out."""
+        return self.idle(prompt) if plan.config.inert == "drop" else []
+
+    def warnings(self, plan: Plan, prompt: int) -> list[str]:
         """The plain words about inert layers."""
         if not self.inert:
             return []
         fate = {
             "keep": "they are in the file and change nothing; --inert drop leaves them out",
             "drop": "they are left out of the file",
-        }
-        return [f"{self._in_words()}; {fate[plan.config.inert]}"]
+        }[plan.config.inert]
+        carrying = len(self.inert) - len(self.idle(prompt))
+        if carrying:
+            fate = f"{carrying} of them carry a change they started with, which only L2 and weight decay act on"
+        return [f"{self._in_words()}; {fate}"]
 
     def _in_words(self) -> str:
         counts = Counter(component for component, _ in self.inert)
         of = Counter(component for component, _ in self._bank.pairs)
         parts = ", ".join(f"{component} ({count} of {of[component]} layers)" for component, count in counts.items())
-        return f"inert: the objective cannot reach {parts}, so their B stays as initialized"
+        return f"inert: the objective cannot reach {parts}, so they are not trained"

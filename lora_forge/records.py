@@ -15,9 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-Need = Literal["text", "noise_prediction", "attention", "vae"]
 NEEDS: tuple[str, ...] = ("text", "noise_prediction", "attention", "vae")
 
 

@@ -37,7 +37,8 @@ class RunResult:
         weights as saved.
     inert: layers the objective cannot reach, as `component.layer`; dropped: those of them the file leaves
         out; padded: layers of zeros that the file format demands.
-    metadata: what the file carries. seconds: durations by phase (never in the file).
+    metadata: what the run records in the file, beside what its saver adds.
+    seconds: durations by phase (never in the file).
     """
 
     run: RunInfo
@@ -78,8 +79,8 @@ class RunResult:
             "rank": self.rank,
             "alpha": self.alpha,
             "strength": self.strength,
-            "loss_before": self.before.as_dict(),
-            "loss_after": self.after.as_dict(),
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
             "steps": [values.as_dict() for values in self.steps],
             "effect": self.effect.as_dict(),
             "inert_layers": len(self.inert),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -21,23 +20,13 @@ from lora_forge.events import RunFailure, RunFinish, RunInfo, RunStart
 from lora_forge.initial import initial_weights
 from lora_forge.model import LoadedModel
 from lora_forge.objective import Objective, Term
-from lora_forge.plan import Plan
+from lora_forge.plan import Plan, Request, short_digest
 from lora_forge.plugins import Registry
 from lora_forge.reach import Reach
 from lora_forge.result import RunResult, Values
 from lora_forge.saving import save_lora
 from lora_forge.steps import StepLog
 from lora_forge.strength import scale_to_strength, strength_warnings
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is a prompt's own within a batch."""
-
-    prompt: str
-    prompt_2: str | None
-    seed: int
-    output: Path | None
 
 
 def forge(
@@ -48,16 +37,15 @@ def forge(
     Observers hear of it; what they raise ends nothing. Raises ObjectiveError when the objective cannot
     train what was asked for, RunFailed when a term becomes NaN or infinite or a plugin raises.
     """
-    batch_id = plan.run_id()
+    ids = [short_digest(plan.record_of(request)) for request in requests]
+    batch_id = short_digest(ids)
     runs = [
-        RunInfo(f"{batch_id}-{i}", batch_id, r.prompt, plan.model.name, plan.iterations, r.seed)
-        for i, r in enumerate(requests)
+        RunInfo(id, batch_id, r.prompt, plan.model.name, plan.iterations, r.seed)
+        for id, r in zip(ids, requests, strict=True)
     ]
-    notes: list[str] = []
     with model.use(plan, clock):
-        for run in runs:
-            notes += registry.notify("lora_forge_run_started", RunStart(run))
         try:
+            notes = [registry.notify("lora_forge_run_started", RunStart(run)) for run in runs]
             results = _forge(plan, requests, runs, model, registry, clock, notes)
         except BaseException as error:
             for run in runs:
@@ -92,13 +80,14 @@ def _forge(
     model: LoadedModel,
     registry: Registry,
     clock: Clock,
-    notes: list[str],
+    notes: Sequence[list[str]],
 ) -> list[RunResult]:
     with clock.phase("prepare"):
         bank = Bank(model.layers, rank=plan.rank, alpha=plan.alpha, prompts=len(requests), device=model.device)
         bank.fill(initial_weights(plan, model, requests))
         view = ModelView(model.backend, model.slot, _texts(plan, requests), [r.seed for r in requests], model.device)
-        notes += _cut_texts(view)
+        for own, cut in zip(notes, _cut_texts(view), strict=True):
+            own += cut
         objective = Objective([Term(t.label, t.weight, t.needs, t.chosen.build()) for t in plan.terms], view)
         optimizers = _optimizers(plan, bank)
         plan.saver.build()  # a saver that cannot be built is better known now than after the last step
@@ -124,10 +113,10 @@ def _forge(
     with clock.phase("measure"):
         factors = scale_to_strength(plan, bank, view)
         after = _evaluate(plan, objective, bank, view, log)
-        effects = measure_effect(bank, view, reach.reached)
+        effects = measure_effect(bank, view, reach.reached, plan.load)
         trained = _Trained(bank, log, reach, after, effects, factors)
     with clock.phase("save"):
-        return [_result(plan, requests[i], runs[i], i, trained, model, clock, notes) for i in range(len(requests))]
+        return [_result(plan, requests[i], runs[i], i, trained, model, clock, notes[i]) for i in range(len(requests))]
 
 
 def _gradient(objective: Objective, bank: Bank, view: ModelView) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -138,7 +127,7 @@ def _gradient(objective: Objective, bank: Bank, view: ModelView) -> tuple[dict[s
     total = objective.total(values)
     if not total.requires_grad:
         raise ObjectiveError(f"the objective ({', '.join(values)}) depends on no trainable layer")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), blaming("the objective's gradient"):
         # One prompt's row of the bank is contiguous, a column of several is not; torch remarks on that once.
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
         total.sum().backward()  # type: ignore[no-untyped-call]
@@ -147,8 +136,8 @@ def _gradient(objective: Objective, bank: Bank, view: ModelView) -> tuple[dict[s
 
 def _evaluate(plan: Plan, objective: Objective, bank: Bank, view: ModelView, log: StepLog) -> list[Values]:
     """The objective of the weights as they are now, checked like a step's."""
-    view.begin_step()
-    with torch.no_grad():
+    view.begin_evaluation()
+    with torch.no_grad(), blaming("the objective"):
         values = objective.values()
         l2 = bank.l2(plan.l2)
         return log.read(plan.iterations, objective.total(values) + l2, values, l2)
@@ -171,9 +160,13 @@ def _texts(plan: Plan, requests: Sequence[Request]) -> dict[str, list[str]]:
     }
 
 
-def _cut_texts(view: ModelView) -> list[str]:
-    cut = {text for tokens in view.tokens(view.texts).values() for text in tokens.cut if text}
-    return [f"the prompt is longer than the model reads; this is cut off: {text!r}" for text in sorted(cut)]
+def _cut_texts(view: ModelView) -> list[list[str]]:
+    """Per prompt, what of it the model does not read, in words."""
+    cut = [{tokens.cut[i] for tokens in view.tokens(view.texts).values()} - {""} for i in range(view.prompts)]
+    return [
+        [f"the prompt is longer than the model reads; this is cut off: {text!r}" for text in sorted(texts)]
+        for texts in cut
+    ]
 
 
 def _result(
@@ -188,7 +181,8 @@ def _result(
 ) -> RunResult:
     weights = trained.bank.weights(index)
     effect, reach, factor = trained.effects[index], trained.reach, trained.factors[index]
-    file = save_lora(plan, request, weights, effect, reach, family=model.backend.family)
+    dropped = reach.dropped(plan, index)
+    file = save_lora(plan, request, weights, effect, dropped, strength=factor, family=model.backend.family)
     steps = tuple(trained.log.values[index])
     after = trained.after[index]
     return RunResult(
@@ -205,7 +199,7 @@ def _result(
         dropped=file.dropped,
         padded=file.padded,
         strength=factor,
-        warnings=(*notes, *reach.warnings(plan), *strength_warnings(plan, factor), *file.warnings),
+        warnings=(*notes, *reach.warnings(plan, index), *strength_warnings(plan, factor), *file.warnings),
         metadata=file.metadata,
         usage=model.backend.usage(str(request.output or "lora.safetensors"), request.prompt),
         seconds=clock.seconds,

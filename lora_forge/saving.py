@@ -6,21 +6,21 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_forge import __version__
-from lora_forge.contracts import LoraWeights, SaveReport, SaveRequest
-from lora_forge.errors import OutputError, blaming
+from lora_forge.contracts import LayerKey, LoraWeights, SaveReport, SaveRequest
+from lora_forge.errors import OutputError, RunFailed, blaming
 from lora_forge.files.names import file_stem
-from lora_forge.plan import Plan
+from lora_forge.plan import Plan, Request
 
 if TYPE_CHECKING:
     from lora_forge.effect import Effect
-    from lora_forge.reach import Reach
-    from lora_forge.runner import Request
 
 RECORD_KEY = "lora_forge"
 RECORD_FORMAT = 1
@@ -49,33 +49,40 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise OutputError(f"output {str(path)!r} exists; --overwrite replaces it")
     if os.path.exists(path) and not os.path.isfile(path):
         raise OutputError(f"output {str(path)!r} is not a regular file")
+    if "\0" in str(path):
+        raise OutputError(f"output {str(path)!r} is no path")
     ancestor = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     if not ancestor.is_dir():
         raise OutputError(f"output {str(path)!r}: {str(ancestor)!r} is not a directory")
     try:
-        path.exists()  # raises where a name is too long, or holds what no name may
+        with suppress(FileNotFoundError):
+            os.stat(path)  # raises where a name is too long
         with tempfile.NamedTemporaryFile(dir=ancestor, prefix=".lora-forge-"):
             pass
     except OSError as error:
         raise OutputError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
-    if "\0" in str(path):
-        raise OutputError(f"output {str(path)!r} is no path")
 
 
 def save_lora(
-    plan: Plan, request: Request, weights: LoraWeights, effect: Effect, reach: Reach, *, family: str
+    plan: Plan,
+    request: Request,
+    weights: LoraWeights,
+    effect: Effect,
+    dropped: Collection[LayerKey],
+    *,
+    strength: float,
+    family: str,
 ) -> SavedFile:
-    """Have the saver write what the file holds, and describe it; write nothing if no output was asked for.
+    """Have the saver write all layers but those dropped, and describe it; write nothing if no output was asked for.
 
     Raises OutputError when the disk refuses, RunFailed when the saver raises.
     """
-    dropped = reach.inert if plan.config.inert == "drop" else []
     kept: LoraWeights = {}
     for component, layers in weights.items():
         for layer, pair in layers.items():
             if (component, layer) not in dropped:
                 kept.setdefault(component, {})[layer] = pair
-    metadata = {RECORD_KEY: json.dumps(_record(plan, request, effect), sort_keys=True, ensure_ascii=False)}
+    metadata = {RECORD_KEY: json.dumps(_record(plan, request, effect, strength), sort_keys=True, ensure_ascii=False)}
     if plan.config.date:
         metadata["modelspec.date"] = plan.config.date
     names = tuple(f"{component}.{layer}" for component, layer in dropped)
@@ -110,6 +117,8 @@ def _write(plan: Plan, save: SaveRequest, *, overwrite: bool) -> SaveReport:
         temporary = Path(name)
         with blaming(f"saver {plan.saver.name!r}", but=(OSError,)):
             report = saver(replace(save, path=temporary))
+        if not temporary.is_file() or not temporary.stat().st_size:
+            raise RunFailed(f"saver {plan.saver.name!r} wrote nothing")
         check_output(save.path, overwrite=overwrite)
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, save.path)
@@ -122,12 +131,12 @@ def _write(plan: Plan, save: SaveRequest, *, overwrite: bool) -> SaveReport:
     return report if isinstance(report, SaveReport) else SaveReport()
 
 
-def _record(plan: Plan, request: Request, effect: Effect) -> dict[str, Any]:
+def _record(plan: Plan, request: Request, effect: Effect, strength: float) -> dict[str, Any]:
     packages = ("torch", "transformers", "diffusers", "peft", "safetensors")
-    own = {"prompt": request.prompt, "prompt_2": request.prompt_2, "seed": request.seed}
     return {
         "format": RECORD_FORMAT,
-        "run": {**plan.record(), **own},
+        "run": plan.record_of(request),
+        "strength": strength,
         "effect": effect.as_dict(),
         "versions": {
             "lora-forge": __version__,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_forge.config.run import RunConfig, collect_run_config, read_run_config
 from lora_forge.errors import UsageError
-from lora_forge.plan import Plan, make_plan
+from lora_forge.plan import Plan, Request, make_plan
 from lora_forge.plugins import Registry, discover
 from lora_forge.result import RunResult
 
@@ -44,7 +44,7 @@ class Session:
         output = _checked_output(plan)
 
         from lora_forge.clock import Clock
-        from lora_forge.runner import Request, forge
+        from lora_forge.runner import forge
 
         clock = Clock()
         with clock.phase("open"):
@@ -91,6 +91,9 @@ def load(
     """
     settings = {**settings, "model": model, "plugins": tuple(Path(path) for path in plugins)}
     if pipeline is not None:
+        idle = [key for key in ("base_model", "device", "dtype") if key in settings]
+        if idle:
+            raise UsageError(f"{', '.join(idle)}: belongs to a model that is read, not to a pipeline in memory")
         settings["dtype"] = str(getattr(pipeline, "dtype", "float32")).removeprefix("torch.")
     config: RunConfig = read_run_config([settings])
     return Session(discover(config.plugins), settings, pipeline)

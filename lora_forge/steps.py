@@ -22,8 +22,8 @@ class StepLog:
     values: per prompt, the objective before each update, as far as it has been delivered.
     """
 
-    def __init__(self, runs: Sequence[RunInfo], registry: Registry, warnings: list[str]) -> None:
-        self._runs, self._registry, self._warnings = runs, registry, warnings
+    def __init__(self, runs: Sequence[RunInfo], registry: Registry, notes: Sequence[list[str]]) -> None:
+        self._runs, self._registry, self._notes = runs, registry, notes
         self.values: list[list[Values]] = [[] for _ in runs]
         self._pending: list[torch.Tensor] = []
         self._labels: list[str] = []
@@ -52,8 +52,8 @@ class StepLog:
                 self.values[prompt].append(values)
                 event = StepFinish(self._runs[prompt], first + offset, values.loss, values.terms, values.l2)
                 for failure in self._registry.notify("lora_forge_step_finished", event):
-                    if failure not in self._warnings:
-                        self._warnings.append(failure)
+                    if failure not in self._notes[prompt]:
+                        self._notes[prompt].append(failure)
         self._delivered = time.monotonic()
 
     def read(self, step: int, total: torch.Tensor, terms: Mapping[str, torch.Tensor], l2: torch.Tensor) -> list[Values]:
@@ -63,12 +63,14 @@ class StepLog:
 
     def _read(self, step: int, numbers: torch.Tensor) -> list[Values]:
         result = []
-        for column in numbers.T.tolist():
+        for run, column in zip(self._runs, numbers.T.tolist(), strict=True):
             total, l2, *terms = column
             named = dict(zip(self._labels, terms, strict=True))
             for name, value in {**named, "l2": l2, "objective": total}.items():
                 if not math.isfinite(value):
                     what = "NaN" if math.isnan(value) else "infinite"
-                    raise RunFailed(f"{name} became {what} at step {step}; nothing was written", step=step, term=name)
+                    of = f" for prompt {run.prompt!r}" if len(self._runs) > 1 else ""
+                    message = f"{name} became {what} at step {step}{of}; nothing was written"
+                    raise RunFailed(message, step=step, term=name)
             result.append(Values(total, named, l2))
         return result

@@ -70,7 +70,7 @@ def _shifts_at(factors: torch.Tensor, original: torch.Tensor, bank: Bank, view: 
     with torch.no_grad():
         bank.parameter.copy_(original)
         bank.scale_result(factors)
-        view.begin_step()
-        shifts = torch.tensor([prompt[0].relative for prompt in conditioning_shifts(view)])
+        view.begin_evaluation()
+        shifts = torch.tensor([prompt[0].relative if prompt else 0.0 for prompt in conditioning_shifts(view)])
         bank.parameter.copy_(original)
     return shifts

@@ -150,5 +150,7 @@ def make_full_size_folder(folder: Path) -> Path:
 
     shutil.copytree(CONFIGS, folder)
     for encoder in ("text_encoder", "text_encoder_2"):
-        save_file({"placeholder": torch.zeros(1)}, folder / encoder / "model.safetensors")
+        save_file(
+            {"text_model.embeddings.token_embedding.weight": torch.zeros(1)}, folder / encoder / "model.safetensors"
+        )
     return folder

@@ -19,7 +19,7 @@ Weights = dict[str, dict[str, dict[str, torch.Tensor]]]
 
 @dataclass
 class Outcome:
-    """Losses before each update, L2 before each update, and the weights at the end, by canonical name."""
+    """Losses before each update, and the weights at the end, by canonical name."""
 
     losses: list[float]
     weights: Weights

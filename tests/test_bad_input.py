@@ -65,7 +65,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["--model", "x" * 300], "unknown model"),
         (["--loss", "embeding_magnitude"], "unknown loss 'embeding_magnitude'; did you mean 'embedding_magnitude'?"),
         (["--loss", "zzz"], "unknown loss 'zzz'; known: embedding_magnitude"),
-        (["--loss", "embedding_magnitude:"], "unknown loss 'embedding_magnitude:'; did you mean"),
+        (["--loss", "embedding_magnitude:"], "loss 'embedding_magnitude': '' is neither a weight nor a name"),
         (["--loss", ":0.5"], "loss"),
         (["--loss", ""], "loss"),
         (["--loss", "embedding_magnitude:inf"], "loss.weight: expected a finite number"),

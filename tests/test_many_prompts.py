@@ -11,10 +11,10 @@ import torch
 from lora_forge.clock import Clock
 from lora_forge.config.run import read_run_config
 from lora_forge.model import open_model
-from lora_forge.plan import make_plan
+from lora_forge.plan import Request, make_plan
 from lora_forge.plugins import discover
 from lora_forge.result import RunResult
-from lora_forge.runner import Request, forge
+from lora_forge.runner import forge
 
 PROMPTS = ("a steampunk owl", "bond", "a squirrel in a forest")
 
@@ -92,3 +92,12 @@ def test_an_optimizer_that_is_not_elementwise_trains_each_prompt_alone(tmp_path:
 def test_every_prompt_reaches_the_target_shift_asked_for() -> None:
     for result in forge_together(PROMPTS, iterations=5, target_shift=0.1):
         assert result.effect.conditioning_shift == pytest.approx(0.1, rel=2e-3)
+
+
+def test_ids_depend_on_the_request_and_cut_texts_are_told_of_their_own_prompt() -> None:
+    long = "owl " * 90
+    one, other = forge_together(["bond", long], iterations=0), forge_together(["bond", "owl"], iterations=0)
+    assert one[0].run.id == other[0].run.id
+    assert one[1].run.id != other[1].run.id
+    assert one[0].run.batch_id == one[1].run.batch_id != other[0].run.batch_id
+    assert [any("cut off" in warning for warning in result.warnings) for result in one] == [False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from diffusers_reader import load_whole
 
 import lora_forge
-from lora_forge.errors import ModelError, RunFailed
+from lora_forge.errors import ModelError, RunFailed, UsageError
 
 PROMPT = "a steampunk owl"
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
@@ -167,3 +168,11 @@ def test_what_is_no_whole_sdxl_pipeline_is_an_error_that_says_what_it_lacks(pipe
     pipe.text_encoder = None
     with pytest.raises(ModelError, match=r"it has no text_encoder$"):
         lora_forge.run(PROMPT, "tiny_sdxl", pipeline=pipe, iterations=1)
+
+
+def test_what_belongs_to_a_model_that_is_read_is_refused_and_the_record_says_in_memory(pipe: Any) -> None:
+    for idle in ({"base_model": "elsewhere"}, {"device": "cuda"}, {"dtype": "float16"}):
+        with pytest.raises(UsageError, match="belongs to a model that is read"):
+            lora_forge.run(PROMPT, "tiny_sdxl", pipeline=pipe, **idle)
+    result = lora_forge.run(PROMPT, "tiny_sdxl", pipeline=pipe, iterations=0)
+    assert json.loads(result.metadata["lora_forge"])["run"]["base_model"] == "in memory"

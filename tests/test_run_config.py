@@ -268,7 +268,7 @@ def mistakes(*layers: dict[str, Any]) -> dict[str, str]:
         ({"strength": 1, "target_shift": 0.1}, "strength", "not both"),
         ({"dtype": "flaot32"}, "dtype", "did you mean 'float32'"),
         ({"inert": "dorp"}, "inert", "did you mean 'drop'"),
-        ({"device": "gpu"}, "device", "unknown device 'gpu'; did you mean 'cpu'"),
+        ({"device": "gpu"}, "device", "unknown device 'gpu'; did you mean 'cuda'"),
         ({"device": "cuda:x"}, "device", "did you mean 'cuda'"),
         ({"device": "cpu:1"}, "device", "did you mean 'cpu'"),
         ({"device": ""}, "device", "known: auto, cpu, cuda, mps"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import lora_forge
+from lora_forge.config.model import shipped_folder
 from lora_forge.errors import UsageError
 
 PARTI = Path(__file__).parent / "data" / "PartiPrompts.tsv"
@@ -83,3 +85,30 @@ def test_all_parti_prompts_go_through_one_session() -> None:
     with lora_forge.load("tiny_sdxl", iterations=2) as session:
         for prompt in prompts:
             assert session.run(prompt).loss_after < 0
+
+
+def test_what_an_earlier_run_of_a_session_loaded_does_not_show_in_the_record(tmp_path: Path) -> None:
+    plugin = tmp_path / "noise.py"
+    plugin.write_text(
+        "import torch\nfrom lora_forge import LossSpec, hookimpl\n"
+        "def noise(batch):\n"
+        "    latents = batch.randn('latents', *batch.latent_shape)\n"
+        "    steps = torch.full((batch.prompts,), 500)\n"
+        "    return batch.predict_noise(latents, steps, batch.adapted(), adapted=True).square().mean((1, 2, 3))\n"
+        "@hookimpl\ndef lora_forge_losses():\n"
+        "    yield LossSpec(name='noise', summary='', needs={'text', 'noise_prediction'}, factory=noise)\n"
+    )
+    with lora_forge.load("tiny_sdxl", plugins=[plugin], iterations=2) as session:
+        first = session.run("a steampunk owl")
+        through_unet = session.run("a steampunk owl", loss="noise")
+        again = session.run("a steampunk owl")
+    assert again.metadata == first.metadata
+    assert through_unet.effect.components[2].delta_norm > 0
+
+
+def test_a_text_that_no_encoder_would_read_is_refused(tmp_path: Path) -> None:
+    config = json.loads((shipped_folder() / "tiny_sdxl_config.json").read_text())
+    config["target_layers_text_encoder_2"] = []
+    (tmp_path / "first_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="prompt_2: no second text encoder is in use"):
+        lora_forge.run("an owl", str(tmp_path / "first_config.json"), prompt_2="a fox")

@@ -92,4 +92,4 @@ def test_the_installed_package_runs_outside_the_checkout(installed: Path, tmp_pa
     report = json.loads(done.stdout)
     assert Path(report["path"]) == tmp_path / "owl.safetensors"
     assert (tmp_path / "owl.safetensors").stat().st_size > 10_000
-    assert report["loss_after"]["loss"] < report["loss_before"]["loss"]
+    assert report["after"]["loss"] < report["before"]["loss"]

@@ -42,8 +42,6 @@ class Progress:
             )
             self._bar.start()
             self._task = self._bar.add_task("loading", total=self._iterations, values="")
-        else:
-            self._console.print("loading", highlight=False)
         return self
 
     def __exit__(

@@ -68,7 +68,7 @@ class SdxlBackend(Backend):
 
         for component in components:
             keys: set[str] = set()
-            for file in self._source.weight_files(component):
+            for file in self._source.files_to_check(component):
                 try:
                     with safe_open(file, framework="pt") as opened:  # checks the header, and the length against it
                         keys.update(opened.keys())
@@ -78,7 +78,7 @@ class SdxlBackend(Backend):
                     ) from error
             if component in ENCODERS:
                 embedding = self._source.locate(component, _EMBEDDING)[0]
-                if not {embedding, embedding.removeprefix("text_model.")} & keys:
+                if keys and not {embedding, embedding.removeprefix("text_model.")} & keys:
                     raise ModelError(f"base model {self._source.name!r} is no SDXL: it has no {embedding!r}")
                 self._check_tokenizer(self._source, component)
 
@@ -95,10 +95,18 @@ class SdxlBackend(Backend):
                 continue
             assert self._source is not None
             if component == "unet":
-                module = self._source.load_unet(dtype).to(self._request.device).requires_grad_(False).eval()
+                module = self._load_unet(self._source, dtype)
             else:
                 module = load_encoder(component, self._source, device=self._request.device, dtype=dtype)
             self._modules[component] = module
+
+    def _load_unet(self, source: Source, dtype: torch.dtype) -> Any:
+        try:
+            return source.load_unet(dtype).to(self._request.device).requires_grad_(False).eval()
+        except ModelError:
+            raise
+        except Exception as error:  # diffusers' own, of no common type
+            raise ModelError(f"base model {source.name!r}: unet: {' '.join(str(error).split())}") from error
 
     def adapt(self, layers: Sequence[TargetLayer], rank: int, alpha: float, slot: BankSlot) -> None:
         for component in dict.fromkeys(layer.component for layer in layers):
@@ -230,6 +238,8 @@ def _pipeline_components(pipeline: Any) -> list[tuple[str, Any]]:
 
 
 def _check_bare(component: str, module: Any) -> None:
+    if hasattr(module, "_hf_hook"):
+        raise ModelError(f"{component} is offloaded; a pipeline in memory has to be on one device")
     if hasattr(module, "peft_config"):
         raise ModelError(f"{component} already carries a LoRA; unload it first (pipe.unload_lora_weights())")
 

@@ -41,23 +41,24 @@ def single_file_location(component: str, canonical: str) -> tuple[str, Take]:
     Raises ModelError for a parameter such a checkpoint does not have.
     """
     if component == "text_encoder":
-        return _FIRST + canonical, _whole
+        return _FIRST + canonical, whole
     if canonical == "text_projection.weight":
         return _SECOND + "text_projection", lambda tensor: tensor.T.contiguous()
     if canonical in _OUTSIDE:
-        return _SECOND + _OUTSIDE[canonical], _whole
+        return _SECOND + _OUTSIDE[canonical], whole
     match = _LAYER.match(canonical)
     if match:
         number, module, kind = match.groups()
         block = f"{_SECOND}transformer.resblocks.{number}."
         if module in _INSIDE:
-            return f"{block}{_INSIDE[module]}.{kind}", _whole
+            return f"{block}{_INSIDE[module]}.{kind}", whole
         if module in _THIRDS:
             return f"{block}attn.in_proj_{kind}", _third(_THIRDS[module])
     raise ModelError(f"a single-file SDXL checkpoint has no {component}.{canonical}")
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as it is."""
     return tensor
 
 

@@ -6,12 +6,10 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_forge.builtin.sdxl.single_file import single_file_location
+from lora_forge.builtin.sdxl.single_file import Take, single_file_location, whole
 from lora_forge.builtin.sdxl.tiny import TINY, tiny_sdxl_folder
 from lora_forge.errors import ModelError
 
@@ -25,15 +23,6 @@ _WEIGHTS = {
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+\Z")
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where one parameter lies: a file, a key in it, and how to take it from the tensor there."""
-
-    file: Path
-    key: str
-    take: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
 
 class Source(ABC):
@@ -54,7 +43,11 @@ class Source(ABC):
         """The safetensors files with a component's weights."""
 
     @abstractmethod
-    def locate(self, component: str, canonical: str) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+    def files_to_check(self, component: str) -> list[Path]:
+        """Those of the weight files that are on this machine; a component without any weights is an error."""
+
+    @abstractmethod
+    def locate(self, component: str, canonical: str) -> tuple[str, Take]:
         """The key a parameter has in the weight files, and how to take it from the tensor there."""
 
     @abstractmethod
@@ -96,15 +89,24 @@ class Folder(Source):
         return found[0].parent
 
     def weight_files(self, component: str) -> list[Path]:
+        return [self._need(name) for name in self._weight_names(component)]
+
+    def files_to_check(self, component: str) -> list[Path]:
+        return self.weight_files(component)
+
+    def has(self, relative: str) -> bool:
+        return self.find(relative) is not None
+
+    def _weight_names(self, component: str) -> list[str]:
         stem, pickled = _WEIGHTS[component]
         for variant in ("", ".fp16"):
-            path = self.find(f"{component}/{stem}{variant}.safetensors")
-            if path is not None:
-                return [path]
-            index = self.find(f"{component}/{stem}.safetensors.index{variant}.json")
-            if index is not None:
-                return [self._need(f"{component}/{name}") for name in self._indexed(component, index)]
-        if self.find(f"{component}/{pickled}.bin"):
+            name = f"{component}/{stem}{variant}.safetensors"
+            if self.has(name):
+                return [name]
+            index = f"{component}/{stem}.safetensors.index{variant}.json"
+            if self.has(index):
+                return [f"{component}/{shard}" for shard in self._indexed(component, self._need(index))]
+        if self.has(f"{component}/{pickled}.bin"):
             raise ModelError(f"base model {self.name!r}: {component} is a pickle, which is not read; use safetensors")
         raise ModelError(f"base model {self.name!r} has no {component}/{stem}.safetensors")
 
@@ -114,14 +116,15 @@ class Folder(Source):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"base model {self.name!r}: {component}/{index.name} is no index of weights") from error
 
-    def locate(self, component: str, canonical: str) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
-        return canonical, lambda tensor: tensor
+    def locate(self, component: str, canonical: str) -> tuple[str, Take]:
+        return canonical, whole
 
     def load_unet(self, dtype: torch.dtype) -> Any:
         from diffusers import UNet2DConditionModel
 
         file = self.weight_files("unet")[0]
         variant = "fp16" if ".fp16" in file.name else None
+        self.config("unet")  # there by now, for a repository on the Hub too
         return UNet2DConditionModel.from_pretrained(
             file.parent, torch_dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
@@ -142,7 +145,7 @@ class Hub(Folder):
         try:
             return Path(hf_hub_download(self.name, relative))
         except LocalEntryNotFoundError as error:
-            if self._is_cached():
+            if self._cached("text_encoder/config.json"):
                 return None
             raise ModelError(f"base model {self.name!r} is no folder here, and the Hub {_unreachable()}") from error
         except EntryNotFoundError:
@@ -151,10 +154,29 @@ class Hub(Folder):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"base model {self.name!r} is no folder here, and the Hub says: {reason}") from error
 
-    def _is_cached(self) -> bool:
+    def files_to_check(self, component: str) -> list[Path]:
+        cached = [self._cached(name) for name in self._weight_names(component)]
+        return [path for path in cached if path is not None]
+
+    def has(self, relative: str) -> bool:
+        """Whether the repository has a file, without downloading it."""
+        from huggingface_hub import file_exists
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        if self._cached(relative) is not None:
+            return True
+        if HF_HUB_OFFLINE and self._cached("text_encoder/config.json") is not None:
+            return False
+        try:
+            return bool(file_exists(self.name, relative))
+        except Exception as error:  # of the Hub, or of the library it is asked through
+            raise ModelError(f"base model {self.name!r} is no folder here, and the Hub {_unreachable()}") from error
+
+    def _cached(self, relative: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
-        return isinstance(try_to_load_from_cache(self.name, "text_encoder/config.json"), str)
+        path = try_to_load_from_cache(self.name, relative)
+        return Path(path) if isinstance(path, str) else None
 
 
 class SingleFile(Folder):
@@ -167,7 +189,7 @@ class SingleFile(Folder):
     def weight_files(self, component: str) -> list[Path]:
         return [self.file]
 
-    def locate(self, component: str, canonical: str) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+    def locate(self, component: str, canonical: str) -> tuple[str, Take]:
         return single_file_location(component, canonical)
 
     def load_unet(self, dtype: torch.dtype) -> Any:
