@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lora_forge.contracts import InitialLayer, LoraWeights, TargetLayer
+from lora_forge.contracts import Initializer, InitialLayer, LoraWeights, TargetLayer
 from lora_forge.errors import blaming
 from lora_forge.files.read import read_lora
 from lora_forge.model import LoadedModel
@@ -36,7 +36,7 @@ def initial_weights(plan: Plan, model: LoadedModel, requests: Sequence[Request])
     return result
 
 
-def _initialize(initializer, layer: TargetLayer, plan: Plan, seed: int) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+def _initialize(initializer: Initializer, layer: TargetLayer, plan: Plan, seed: int) -> dict[str, torch.Tensor]:
     generator = layer_generator(seed, layer.component, layer.name)
     initial = InitialLayer(layer.component, layer.name, layer.out_features, layer.in_features, plan.rank, generator)
     with blaming(f"initializer {plan.initializer.name!r}"):

@@ -24,14 +24,14 @@ class LoadedModel:
         self._adapted: set[str] = set()
 
     def check(self, plan: Plan) -> None:
-        """Check that the weight files are whole, and target layers against the architecture; read no weights."""
-        self.backend.check_files(plan.load)
+        """Check that weight files not yet loaded are whole, and target layers against the architecture."""
+        self.backend.check_files(self._fresh(plan))
         self.layers = expand_targets(plan.model, self.backend.architecture(), rank=plan.rank)
 
     @contextmanager
     def use(self, plan: Plan, clock: Clock) -> Iterator[None]:
         """Have what the plan needs loaded and adapted; afterwards no bank is left in the slot."""
-        fresh = [component for component in plan.load if component not in self._adapted]
+        fresh = self._fresh(plan)
         with clock.phase("load"), blaming(f"backend {plan.backend.name!r}"):
             self.backend.load(fresh)
             for component in fresh:
@@ -42,6 +42,10 @@ class LoadedModel:
             yield
         finally:
             self.slot.bank = None
+
+    def _fresh(self, plan: Plan) -> list[str]:
+        """What the plan needs and is not loaded yet."""
+        return [component for component in plan.load if component not in self._adapted]
 
     def close(self) -> None:
         """Leave the components as they were found."""

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from lora_forge.config.model import ModelConfig, expand_targets, read_model_config
-from lora_forge.config.run import Choice, RunConfig
+from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, Choice, RunConfig
 from lora_forge.contracts import BackendRequest
 from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, PluginError, Problem
 from lora_forge.options import options_as_dict, parse_options
 from lora_forge.plugins import Registry, Supplied, build
 from lora_forge.records import NEEDS, BackendSpec, LossSpec, OptimizerSpec, SaverSpec
-
-DEFAULT_ITERATIONS = 50
-DEFAULT_L2 = 1e-5
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,10 @@ def short_digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. `load` are the components to load, `encoders` the text encoders to run."""
+    """What will be done. `load` are the components to load, `encoders` the text encoders to run.
+
+    init_from: the earlier file's name and sha256, read once.
+    """
 
     config: RunConfig
     model: ModelConfig
@@ -85,6 +85,7 @@ class Plan:
     l2: float
     load: tuple[str, ...]
     encoders: tuple[str, ...]
+    init_from: str | None
 
     @property
     def backend_spec(self) -> BackendSpec:
@@ -122,7 +123,7 @@ class Plan:
             "seed": config.seed,
             "dtype": config.dtype,
             "inert": config.inert,
-            "init_from": _named_file(config.init_from),
+            "init_from": self.init_from,
             "strength": config.strength,
             "target_shift": config.target_shift,
             "loss": [{"label": t.label, "weight": t.weight, **t.chosen.record()} for t in self.terms],
@@ -184,6 +185,7 @@ def make_plan(
         l2=_first(config.l2, model.regularization_strength, DEFAULT_L2),
         load=load,
         encoders=encoders,
+        init_from=_named_file(config.init_from),
     )
 
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 import lora_forge
 from lora_forge.builtin import savers
-from lora_forge.config.derive import derive_model_config
 from lora_forge.contracts import LoraWeights, SaveRequest
+from lora_forge.derive import derive_model_config
 
 SAVERS = {"safetensors": savers.universal, "diffusers": savers.diffusers}
 PROMPT = "a „strange“ 🦉 prompt"

@@ -75,9 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail("interrupted; no partial file is left", 130, label="")
     except Terminated:
         return _fail("terminated; no partial file is left", 143, label="")
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -90,7 +90,7 @@ def new_model(
     overwrite: bool,
 ) -> None:
     """Derive a model config from a model's architecture, dimensions and all, without reading its weights."""
-    from lora_forge.config.derive import derive_model_config
+    from lora_forge.derive import derive_model_config
     from lora_forge.saving import check_output
 
     path = output or Path(f"{name}_config.json")

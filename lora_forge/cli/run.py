@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import click
 
 from lora_forge.cli.answer import json_alone
-from lora_forge.config.run import RunConfig, collect_run_config, read_toml
+from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, RunConfig, collect_run_config, read_toml
 from lora_forge.errors import ConfigError, PluginError, Problem
 from lora_forge.options import Text
 from lora_forge.plugins import discover
@@ -30,8 +30,8 @@ _DEFAULTS = {
     "base_model": "the model config's",
     "rank": "the model config's",
     "alpha": "the model config's",
-    "iterations": "the model config's, or 50",
-    "l2": "the model config's, or 1e-05",
+    "iterations": f"the model config's, or {DEFAULT_ITERATIONS}",
+    "l2": f"the model config's, or {DEFAULT_L2}",
     "output": "output/<the prompt's words>_lora.safetensors",
 }
 Answer = Callable[[object], None]  # prints an object as JSON

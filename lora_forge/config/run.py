@@ -15,6 +15,8 @@ from typing import Any, Literal, get_type_hints
 from lora_forge.errors import ConfigError, Problem, nearest
 from lora_forge.options import Unfit, check_bounds, read_value
 
+DEFAULT_ITERATIONS = 50
+DEFAULT_L2 = 1e-5
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d{1,4})?)\Z")
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lora_forge.config.model import DIMENSIONS, TARGETS, expand_targets, parse_model_config
+from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2
 from lora_forge.contracts import BackendRequest
 from lora_forge.errors import ModelError, nearest
 from lora_forge.plugins import build, discover
@@ -42,9 +43,9 @@ def derive_model_config(
         "base_model": base_model,
         "lora_rank": rank,
         "lora_alpha": alpha,
-        "iterations": 50,
+        "iterations": DEFAULT_ITERATIONS,
         "learning_rate": 1e-4,
-        "regularization_strength": 1e-5,
+        "regularization_strength": DEFAULT_L2,
     }
     for component, layers in architecture.items():
         data[f"{TARGETS}{component}"] = [layer for layer in layers if layer in set(chosen[component])]
