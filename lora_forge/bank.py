@@ -46,11 +46,17 @@ class Bank:
         self.parameter.grad = self._gradient
         self._rows: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.pairs: dict[LayerKey, Pair] = {}
+        self._columns: dict[str, list[tuple[int, int]]] = {}
         start = 0
         for layer in layers:
+            first = start
             lora_a, start = self._view(start, rank, layer.in_features)
             lora_b, start = self._view(start, layer.out_features, rank)
             self.pairs[layer.key] = Pair(lora_a, lora_b)
+            columns = self._columns.setdefault(layer.component, [])
+            if columns and columns[-1][1] == first:
+                first = columns.pop()[0]
+            columns.append((first, start))
 
     def _view(self, start: int, rows: int, columns: int) -> tuple[torch.Tensor, int]:
         stop = start + rows * columns
@@ -104,6 +110,13 @@ class Bank:
     def l2(self, strength: float) -> torch.Tensor:
         """L2 of each prompt, shape `(prompts,)`."""
         return strength * self.parameter.detach().square().sum(dim=1)
+
+    def gradient_norms(self) -> dict[str, torch.Tensor]:
+        """Euclidean norm of each component's gradient as it is now, `(prompts,)`."""
+        return {
+            component: torch.stack([self._gradient[:, a:b].norm(dim=1) for a, b in columns]).norm(dim=0)
+            for component, columns in self._columns.items()
+        }
 
     def weights(self, prompt: int) -> LoraWeights:
         """One prompt's LoRA weights, without the prompts dimension, copied to the CPU."""

@@ -64,7 +64,11 @@ class Loss(Protocol):
 
 
 class OptimizerFactory(Protocol):
-    """Makes a torch optimizer over float32 parameters whose `.grad` is filled before each step."""
+    """Makes a torch optimizer over float32 parameters whose `.grad` is filled before each step.
+
+    It may take the keyword `iterations` too: the number of steps that are planned. An optimizer with a
+    method `eval()` has it called after the last step (schedule-free ones put the weights to use there).
+    """
 
     def __call__(self, parameters: Iterable[torch.nn.Parameter], /) -> torch.optim.Optimizer: ...
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 NEEDS: tuple[str, ...] = ("text", "noise_prediction", "attention", "vae")
@@ -77,6 +78,8 @@ class OptimizerSpec(Spec):
 
     elementwise: it treats every number alone (Adam, SGD, Lion). One instance then steps the whole
         bank; otherwise each prompt gets an instance of its own over its own matrices.
+
+    Options derived from `lora_forge.schedules.ScheduleOptions` give it a learning-rate schedule.
     """
 
     kind: ClassVar[str] = "optimizer"
@@ -86,11 +89,18 @@ class OptimizerSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class SaverSpec(Spec):
-    """Writes one prompt's LoRA weights to a file; see `lora_forge.contracts.Saver`."""
+    """Writes one prompt's LoRA weights to a file; see `lora_forge.contracts.Saver`.
+
+    suffix: the ending of file names given without one.
+    reader: reads a file back, for `lora_forge.testing.check_saver`: called with its path, gives ΔW of each
+        layer, `{component: {layer: (out, in)}}`. A callable or `"package.module:attribute"`; not needed for
+        safetensors files with the layer names lora-forge itself writes.
+    """
 
     kind: ClassVar[str] = "saver"
 
     suffix: str = ".safetensors"
+    reader: str | Callable[[Path], Mapping[str, Mapping[str, Any]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +110,8 @@ class BackendSpec(Spec):
     components: all that can carry LoRA. encoders: the text encoders among them, in order.
     reaches: for each need this backend can serve, the components an objective with that need can
         send a gradient to. A need that is not a key cannot be served.
+    tiny: a source of a small model that the backend makes on the spot, without a download; what
+        `lora_forge.testing.check_backend` opens.
     """
 
     kind: ClassVar[str] = "backend"
@@ -107,3 +119,4 @@ class BackendSpec(Spec):
     components: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ()
     reaches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tiny: str = ""

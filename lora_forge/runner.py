@@ -21,7 +21,7 @@ from lora_forge.initial import initial_weights
 from lora_forge.model import LoadedModel
 from lora_forge.objective import Objective, Term
 from lora_forge.plan import Plan, Request, short_digest
-from lora_forge.plugins import Registry
+from lora_forge.plugins import Registry, accepts
 from lora_forge.reach import Reach
 from lora_forge.result import RunResult, Values
 from lora_forge.saving import save_lora
@@ -45,7 +45,8 @@ def forge(
     ]
     with model.use(plan, clock):
         try:
-            notes = [registry.notify("lora_forge_run_started", RunStart(run)) for run in runs]
+            started = [RunStart(run, plan.record_of(r)) for run, r in zip(runs, requests, strict=True)]
+            notes = [registry.notify("lora_forge_run_started", event) for event in started]
             results = _forge(plan, requests, runs, model, registry, clock, notes)
         except BaseException as error:
             for run in runs:
@@ -100,12 +101,14 @@ def _forge(
             values, total = _gradient(objective, bank, view)
             if step == 1:
                 reach.check(plan)
+            norms = bank.gradient_norms()
             l2 = bank.add_l2(plan.l2)
             with blaming(f"optimizer {plan.optimizer.name!r}"):
                 for optimizer in optimizers:
                     optimizer.step()
-            log.record(step, total.detach() + l2, values, l2)
+            log.record(step, total.detach() + l2, values, l2, norms)
         log.deliver()
+        _end_training(plan, optimizers)
         if plan.iterations == 0:
             _gradient(objective, bank, view)
             reach.check(plan)
@@ -145,10 +148,19 @@ def _evaluate(plan: Plan, objective: Objective, bank: Bank, view: ModelView, log
 
 def _optimizers(plan: Plan, bank: Bank) -> list[torch.optim.Optimizer]:
     make = plan.optimizer.build()
+    planned = {"iterations": plan.iterations} if accepts(make, "iterations") else {}
     with blaming(f"optimizer {plan.optimizer.name!r}"):
         if plan.optimizer_spec.elementwise:
-            return [make([bank.parameter])]
-        return [make(bank.rows(prompt)) for prompt in range(bank.prompts)]
+            return [make([bank.parameter], **planned)]
+        return [make(bank.rows(prompt), **planned) for prompt in range(bank.prompts)]
+
+
+def _end_training(plan: Plan, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Schedule-free optimizers train at other weights than those they give: `eval()` puts these in place."""
+    with blaming(f"optimizer {plan.optimizer.name!r}"):
+        for optimizer in optimizers:
+            if callable(end := getattr(optimizer, "eval", None)):
+                end()
 
 
 def _texts(plan: Plan, requests: Sequence[Request]) -> dict[str, list[str]]:

@@ -27,13 +27,21 @@ class StepLog:
         self.values: list[list[Values]] = [[] for _ in runs]
         self._pending: list[torch.Tensor] = []
         self._labels: list[str] = []
+        self._components: list[str] = []
         self._first = 1
         self._delivered = time.monotonic()
 
-    def record(self, step: int, total: torch.Tensor, terms: Mapping[str, torch.Tensor], l2: torch.Tensor) -> None:
+    def record(
+        self,
+        step: int,
+        total: torch.Tensor,
+        terms: Mapping[str, torch.Tensor],
+        l2: torch.Tensor,
+        norms: Mapping[str, torch.Tensor],
+    ) -> None:
         """Keep one step's values, each `(prompts,)`; deliver what has gathered, at most ten times a second."""
-        self._labels = list(terms)
-        self._pending.append(torch.stack([total, l2, *(value.detach() for value in terms.values())]))
+        self._labels, self._components = list(terms), list(norms)
+        self._pending.append(torch.stack([total, l2, *(value.detach() for value in terms.values()), *norms.values()]))
         if time.monotonic() - self._delivered >= SECONDS_BETWEEN_DELIVERIES:
             self.deliver()
 
@@ -47,10 +55,13 @@ class StepLog:
         chunk = torch.stack(self._pending).cpu()
         first, self._first = self._first, self._first + len(self._pending)
         self._pending.clear()
+        known = 2 + len(self._labels)
         for offset, numbers in enumerate(chunk):
-            for prompt, values in enumerate(self._read(first + offset, numbers)):
+            norms = [dict(zip(self._components, own, strict=True)) for own in numbers[known:].T.tolist()]
+            for prompt, values in enumerate(self._read(first + offset, numbers[:known])):
                 self.values[prompt].append(values)
-                event = StepFinish(self._runs[prompt], first + offset, values.loss, values.terms, values.l2)
+                run = self._runs[prompt]
+                event = StepFinish(run, first + offset, values.loss, values.terms, values.l2, norms[prompt])
                 for failure in self._registry.notify("lora_forge_step_finished", event):
                     if failure not in self._notes[prompt]:
                         self._notes[prompt].append(failure)

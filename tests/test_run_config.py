@@ -107,6 +107,8 @@ def test_a_model_configs_learning_rate_goes_only_to_an_optimizer_that_has_one(dr
     assert dry("--plugin=quiet.py", "--optimizer=descent", model=model)["optimizer"]["options"] == {"rate": 0.1}
     assert dry("--optimizer=adamw", model=model)["optimizer"]["options"]["lr"] == 0.25
     assert dry("--optimizer-opt=eps=0.5", model=model)["optimizer"]["options"] == {
+        "schedule": "constant",
+        "warmup": 0,
         "lr": 0.25,
         "betas": [0.9, 0.999],
         "eps": 0.5,
@@ -199,7 +201,7 @@ def test_a_file_holds_everything_the_command_line_can_and_nothing_else() -> None
         if name == "backend_opt":
             name = "backend_options"
         keys.add(name.removesuffix("_opt"))
-    assert keys - {"config", "as_json", "dry_run"} == {field.name for field in dataclasses.fields(RunConfig)}
+    assert keys - {"config", "like", "as_json", "dry_run"} == {field.name for field in dataclasses.fields(RunConfig)}
 
 
 def test_every_key_means_the_same_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
@@ -222,6 +224,7 @@ def test_every_key_means_the_same_in_a_file_and_on_the_command_line(tmp_path: Pa
         "overwrite": True,
         "date": "2026-01-31",
         "plugins": ["p.py", "q.py"],
+        "strict_plugins": True,
     }
     scalars = {field.name for field in dataclasses.fields(RunConfig) if "help" in field.metadata}
     assert set(values) == scalars - {"target_shift"}  # which excludes strength

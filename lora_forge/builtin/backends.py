@@ -32,4 +32,5 @@ def lora_forge_backends() -> Iterator[BackendSpec]:
         components=("text_encoder", "text_encoder_2", "unet"),
         encoders=encoders,
         reaches={"text": encoders, "noise_prediction": (*encoders, "unet")},
+        tiny="tiny_sdxl",
     )

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_forge import OptimizerSpec, hookimpl
+from lora_forge.schedules import ScheduleOptions, scheduled
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class AdamWOptions:
+class AdamWOptions(ScheduleOptions):
     """Options of `adamw`: torch's, with torch's defaults but for `lr`."""
 
     lr: float = field(default=1e-4, metadata={"help": "learning rate", "above": 0})
@@ -24,7 +25,7 @@ class AdamWOptions:
     weight_decay: float = field(default=0.01, metadata={"help": "decoupled weight decay", "min": 0})
 
 
-def adamw(parameters: Iterable[torch.nn.Parameter], options: AdamWOptions) -> torch.optim.Optimizer:
+def adamw(parameters: Iterable[torch.nn.Parameter], options: AdamWOptions, iterations: int) -> torch.optim.Optimizer:
     """Loshchilov & Hutter, Decoupled Weight Decay Regularization (arXiv:1711.05101), as torch has it.
 
     foreach, not fused: the fused kernel's rounding depends on where in its tensor a number lies, so that a
@@ -32,7 +33,7 @@ def adamw(parameters: Iterable[torch.nn.Parameter], options: AdamWOptions) -> to
     """
     import torch
 
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parameters,
         lr=options.lr,
         betas=options.betas,
@@ -40,6 +41,7 @@ def adamw(parameters: Iterable[torch.nn.Parameter], options: AdamWOptions) -> to
         weight_decay=options.weight_decay,
         foreach=True,
     )
+    return scheduled(optimizer, options, iterations)
 
 
 @hookimpl
