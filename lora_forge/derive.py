@@ -10,11 +10,11 @@ from lora_forge.config.model import DIMENSIONS, TARGETS, expand_targets, parse_m
 from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2
 from lora_forge.contracts import BackendRequest
 from lora_forge.errors import ModelError, nearest
-from lora_forge.plugins import build, discover
+from lora_forge.plugins import Registry, build
 
 
 def derive_model_config(
-    base_model: str, targets: Sequence[str], *, backend: str, rank: int, alpha: float
+    base_model: str, targets: Sequence[str], registry: Registry, *, backend: str, rank: int, alpha: float
 ) -> dict[str, Any]:
     """A model config as JSON-ready data: every layer that one of `targets` names, with its dimensions.
 
@@ -22,7 +22,7 @@ def derive_model_config(
     over canonical paths, with or without the component before it. Raises ModelError when one matches nothing,
     ConfigError when rank or alpha do not fit.
     """
-    supplied = discover().resolve("backend", backend)
+    supplied = registry.resolve("backend", backend)
     model = build(supplied, supplied.spec.options())(BackendRequest(base_model, "cpu", "float32"))
     architecture = model.architecture()
     chosen: dict[str, list[str]] = {component: [] for component in architecture}

@@ -2,7 +2,8 @@
 
 A plugin is a module with functions of these names, marked with `lora_forge.hookimpl`, and found
 through the entry-point group `lora_forge` (or given as a file with `--plugin`). A function whose
-hook exists only in a later release is marked `@hookimpl(optionalhook=True)`.
+hook exists only in a later release is marked `@hookimpl(optionalhook=True)`. The module may say which
+version of the plugin API it is built for, `__lora_forge_api__ = 1`, above its imports.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from lora_forge.events import RunFailure, RunFinish, RunStart, StepFinish
 
 PROJECT = "lora_forge"
+# Versions of the plugin API this release speaks, oldest first; a plugin says its own in `__lora_forge_api__`.
+SPOKEN_APIS = (1,)
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from lora_forge.config.like import IN_MEMORY
 from lora_forge.config.model import ModelConfig, expand_targets, read_model_config
 from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, Choice, RunConfig
 from lora_forge.contracts import BackendRequest
@@ -178,7 +179,7 @@ def make_plan(
         terms=terms,
         optimizer=optimizer,
         saver=saver,
-        base_model="in memory" if in_memory or not base_model else base_model,
+        base_model=IN_MEMORY if in_memory or not base_model else base_model,
         rank=config.rank or model.lora_rank,
         alpha=config.alpha or model.lora_alpha,
         iterations=_first(config.iterations, model.iterations, DEFAULT_ITERATIONS),

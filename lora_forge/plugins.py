@@ -16,9 +16,8 @@ import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,18 +27,22 @@ import pluggy
 from lora_forge import hookspecs
 from lora_forge.errors import PluginError, Terminated, nearest
 from lora_forge.hookspecs import EXTENSION_POINTS, LIFECYCLE_EVENTS, PROJECT
-from lora_forge.options import describe_options
-from lora_forge.records import NEEDS, LossSpec, Spec
+from lora_forge.plugin_rules import check_api, check_hooks, check_spec, one_line, reason_of
+from lora_forge.records import Spec
 
 ENTRY_POINT_GROUP = "lora_forge"
 BUILTIN = "lora-forge"
 BUILTIN_MODULES = ("initializers", "losses", "optimizers", "savers", "backends")
-_NAME = re.compile(r"[a-z][a-z0-9_-]*\Z")
+# Packages that listing plugins does not need: a plugin that imports one at its own import is named for it.
+HEAVY = ("torch", "transformers", "diffusers", "peft")
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One plugin module: `id` is `distribution:entry`; `error` says why it is broken, or is None."""
+    """One plugin module: `id` is `distribution:entry`; `error` says why it is broken, or is None.
+
+    seconds: what its import took. heavy: the heavy packages that were imported by it.
+    """
 
     id: str
     distribution: str
@@ -47,6 +50,7 @@ class Plugin:
     module: str
     error: str | None = None
     seconds: float = 0.0
+    heavy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,11 @@ class Registry:
 
     def add(self, plugin: Plugin, load: Callable[[], Any]) -> Plugin:
         """Import, check and register one plugin; whatever it raises is recorded, never raised."""
-        start = time.perf_counter()
+        start, light = time.perf_counter(), [name for name in HEAVY if name not in sys.modules]
         try:
-            module = load()
-            _check_hooks(module)
+            module = _traced(f"import {plugin.id}", load)
+            check_api(module)
+            check_hooks(module)
             self._manager.register(module, name=plugin.id)
             plugin = replace(plugin, module=getattr(module, "__name__", plugin.module))
             fresh = list(self._collect(plugin))
@@ -102,9 +107,10 @@ class Registry:
         except BaseException as error:
             if self._manager.has_plugin(plugin.id):
                 self._manager.unregister(name=plugin.id)
-            plugin = replace(plugin, error=_one_line(error))
+            plugin = replace(plugin, error=reason_of(error))
             fresh = []
-        plugin = replace(plugin, seconds=time.perf_counter() - start)
+        heavy = tuple(name for name in light if name in sys.modules)
+        plugin = replace(plugin, seconds=time.perf_counter() - start, heavy=heavy)
         self.plugins.append(plugin)
         for spec in fresh:
             self.supplied[spec.kind].append(Supplied(spec, plugin))
@@ -112,17 +118,20 @@ class Registry:
 
     def observe(self, observer: Any, name: str) -> None:
         """Register an object with lifecycle hooks, such as a progress display."""
-        _check_hooks(observer)
+        check_hooks(observer)
         self._manager.register(observer, name=name)
 
     def notify(self, hook_name: str, event: Any) -> list[str]:
         """Call each observer of a lifecycle event singly; return what went wrong, one line each."""
         failures = []
+        known = {"event": event}
         for implementation in getattr(self._manager.hook, hook_name).get_hookimpls():
+            # An observer is given what it asks for by name, so that a hook can gain arguments.
+            given = [known[name] for name in implementation.argnames]
             try:
-                implementation.function(*([event] if implementation.argnames else []))
+                _traced(f"{hook_name} of {implementation.plugin_name}", implementation.function, *given)
             except (Exception, SystemExit) as error:
-                failures.append(f"{implementation.plugin_name} failed in {hook_name}: {_one_line(error)}")
+                failures.append(f"{implementation.plugin_name} failed in {hook_name}: {one_line(error)}")
         return failures
 
     def candidates(self, kind: str, name: str) -> list[Supplied]:
@@ -149,15 +158,35 @@ class Registry:
                 choices = f"uninstalling one of {', '.join(one.plugin.id for one in candidates)}"
             raise PluginError(f"{len(candidates)} plugins supply the {kind} {name!r}; say which: {choices}")
         if not candidates:
-            raise PluginError(self._unknown(kind, name))
+            raise PluginError(self._unknown(kind, [kind], name))
         return candidates[0]
 
-    def _unknown(self, kind: str, name: str) -> str:
-        known = [one.qualified_name if ":" in name else one.spec.name for one in self.supplied[kind]]
+    def find(self, name: str, kind: str | None = None) -> list[Supplied]:
+        """What a name means, of any kind or of one; a name may be used once per kind. Raises PluginError."""
+        kinds = [kind] if kind else list(EXTENSION_POINTS)
+        found = [self.resolve(one, name) for one in kinds if self.candidates(one, name)]
+        if not found:
+            raise PluginError(self._unknown(kind or "plugin", kinds, name))
+        return found
+
+    def observers(self) -> list[tuple[Plugin, tuple[str, ...]]]:
+        """Plugins that observe lifecycle events, and which."""
+        found = []
+        for plugin in self.plugins:
+            module = self._manager.get_plugin(plugin.id)
+            callers = self._manager.get_hookcallers(module) if module is not None else None
+            hooks = tuple(caller.name for caller in callers or () if caller.name in LIFECYCLE_EVENTS)
+            if hooks:
+                found.append((plugin, hooks))
+        return found
+
+    def _unknown(self, what: str, kinds: Sequence[str], name: str) -> str:
+        there = [one for kind in kinds for one in self.supplied[kind]]
+        known = [one.qualified_name if ":" in name else one.spec.name for one in there]
         before, _, last = name.rpartition(":")
-        if any(before in (one.spec.name, one.qualified_name) for one in self.supplied[kind]):
-            return f"{kind} {before!r}: {last!r} is neither a weight nor a name"
-        return f"unknown {kind} {name!r}{nearest(name, known)}{self.suspects(name)}"
+        if what == "loss" and any(before in (one.spec.name, one.qualified_name) for one in there):
+            return f"{what} {before!r}: {last!r} is neither a weight nor a name"
+        return f"unknown {what} {name!r}{nearest(name, known)}{self.suspects(name)}"
 
     def suspects(self, name: str) -> str:
         """The broken plugins an unknown name may have come from, one line each; of its distribution if it names one."""
@@ -175,19 +204,22 @@ class Registry:
                 if implementation.plugin_name != plugin.id:
                     continue
                 # Materialised here: an exception in a generator surfaces while iterating.
-                for spec in list(implementation.function()):
-                    _check_spec(spec, spec_type, hook_name)
+                specs = _traced(f"{hook_name} of {plugin.id}", lambda hook: list(hook()), implementation.function)
+                for spec in specs:
+                    check_spec(spec, spec_type, hook_name)
                     if (spec.kind, spec.name) in seen:
                         raise PluginError(f"{hook_name} yields {spec.name!r} twice")
                     seen.add((spec.kind, spec.name))
                     yield spec
 
 
-def discover(files: Sequence[Path] = ()) -> Registry:
+def discover(files: Sequence[Path] = (), *, strict: bool = False) -> Registry:
     """Built-ins, then every installed plugin, then plugin files given by the user.
 
-    Raises PluginError for a file that cannot be used, since it was asked for by name; an installed
-    plugin that is broken is recorded in `Registry.broken`.
+    The environment variable LORA_FORGE_PLUGINS, if set, names the installed plugins to load, by
+    distribution or id, separated by commas. Raises PluginError for what was asked for by name and cannot
+    be used, a file or a name in that variable; an installed plugin that is broken is recorded in
+    `Registry.broken`, and raised if `strict`.
     """
     registry = Registry()
     version = _own_version()
@@ -196,10 +228,13 @@ def discover(files: Sequence[Path] = ()) -> Registry:
         registry.add(
             Plugin(f"{BUILTIN}:{name}", BUILTIN, version, module), functools.partial(importlib.import_module, module)
         )
-    for plugin, load in sorted(_installed(), key=lambda one: one[0].id):
+    for plugin, load in _wanted(sorted(_installed(), key=lambda one: one[0].id)):
         registry.add(plugin, load)
     for path in files:
         _add_file(registry, path)
+    if strict and registry.broken:
+        lines = "".join(f"\n  {plugin.id}: {plugin.error}" for plugin in registry.broken)
+        raise PluginError(f"broken plugins, and none may be (--strict-plugins):{lines}")
     return registry
 
 
@@ -219,11 +254,27 @@ def build(supplied: Supplied, options: Any) -> Callable[..., Any]:
             made: Callable[..., Any] = constructor(*([options] if inspect.signature(constructor).parameters else []))
             return made
         function: Callable[..., Any] = factory
-        if "options" in inspect.signature(function).parameters:
+        if accepts(function, "options"):
             return functools.partial(function, options=options)
         return function
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{spec.kind} {supplied.qualified_name!r} cannot be built: {_one_line(error)}") from error
+        raise PluginError(f"{spec.kind} {supplied.qualified_name!r} cannot be built: {one_line(error)}") from error
+
+
+def _traced(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a plugin's function; with LORA_FORGE_TRACE=1 in the environment, say so and how long it took."""
+    if os.environ.get("LORA_FORGE_TRACE", "0") in ("", "0"):
+        return function(*arguments)
+    start = time.perf_counter()
+    try:
+        return function(*arguments)
+    finally:
+        print(f"lora-forge: trace: {what}: {1000 * (time.perf_counter() - start):.2f} ms", file=sys.stderr)
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Whether a plugin's function takes a keyword; what a later release offers is only given to who asks for it."""
+    return name in inspect.signature(function).parameters
 
 
 def _new_manager() -> pluggy.PluginManager:
@@ -245,6 +296,21 @@ def _installed() -> Iterator[tuple[Plugin, Callable[[], Any]]]:
             if (name, entry_name) not in seen:  # the first on the path is the one Python imports
                 seen.add((name, entry_name))
                 yield Plugin(f"{name}:{entry_name}", name, version, value), load
+
+
+def _wanted(installed: list[tuple[Plugin, Callable[[], Any]]]) -> list[tuple[Plugin, Callable[[], Any]]]:
+    """Those that LORA_FORGE_PLUGINS names, or all where it is not set."""
+    names = os.environ.get("LORA_FORGE_PLUGINS")
+    if names is None:
+        return installed
+    wanted = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        named = [one for one in installed if one[0].id == name or _same_distribution(one[0].distribution, name)]
+        if not named:
+            known = [one[0].distribution for one in installed]
+            raise PluginError(f"LORA_FORGE_PLUGINS: no plugin {name!r} is installed{nearest(name, known)}")
+        wanted += [one for one in named if one not in wanted]
+    return wanted
 
 
 def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
@@ -284,45 +350,6 @@ def _add_file(registry: Registry, path: Path) -> None:
         raise PluginError(f"plugin file {str(path)!r}: {added.error}")
 
 
-def _check_hooks(module: Any) -> None:
-    """Hooks no release has ever known are mistakes; pluggy alone would stay silent."""
-    known = [hook for hook, _ in EXTENSION_POINTS.values()] + list(LIFECYCLE_EVENTS)
-    parser = pluggy.PluginManager(PROJECT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in dir(module):
-            options = parser.parse_hookimpl_opts(module, name)
-            if options is None:
-                value = getattr(module, name, None)
-                if inspect.isfunction(value) and name in known and value.__module__ == getattr(module, "__name__", ""):
-                    raise PluginError(f"{name} is not marked with @hookimpl")
-            elif name not in known and not options.get("optionalhook"):
-                raise PluginError(f"unknown hook {name!r}{nearest(name, known)}")
-
-
-def _check_spec(spec: Any, spec_type: type[Spec], hook_name: str) -> None:
-    if not isinstance(spec, spec_type):
-        raise PluginError(f"{hook_name} yields {type(spec).__name__}, expected {spec_type.__name__}")
-    if not isinstance(spec.name, str) or not _NAME.match(spec.name):
-        raise PluginError(f"{hook_name} yields a bad name {spec.name!r}: lower-case letters, digits, '_' and '-'")
-    if not isinstance(spec.options, type) or not is_dataclass(spec.options):
-        raise PluginError(f"{spec.name}: options must be a dataclass type")
-    for text in ("summary", "formula", "source", "suffix"):
-        if not isinstance(getattr(spec, text, ""), str):
-            raise PluginError(f"{spec.name}: {text} must be text, got {getattr(spec, text)!r}")
-    describe_options(spec.options)  # raises where a type or a default cannot be evaluated
-    if isinstance(spec.factory, str) and not re.match(r"[\w.]+:\w+\Z", spec.factory):
-        raise PluginError(f"{spec.name}: factory must be 'package.module:Name', got {spec.factory!r}")
-    if not isinstance(spec.factory, str) and not callable(spec.factory):
-        raise PluginError(f"{spec.name}: factory is neither a dotted string nor a callable")
-    if isinstance(spec, LossSpec) and not callable(spec.needs):
-        if isinstance(spec.needs, str):
-            raise PluginError(f"{spec.name}: needs must be a set of words, got {spec.needs!r}")
-        for need in spec.needs:
-            if need not in NEEDS:
-                raise PluginError(f"{spec.name}: unknown need {need!r}{nearest(need, NEEDS)}")
-
-
 def _same_distribution(one: str, other: str) -> bool:
     return re.sub(r"[-_.]+", "-", one).lower() == re.sub(r"[-_.]+", "-", other).lower()
 
@@ -331,11 +358,3 @@ def _own_version() -> str:
     from lora_forge import __version__
 
     return __version__
-
-
-def _one_line(error: BaseException) -> str:
-    try:
-        text = " ".join(str(error).split())
-    except Exception:  # an error that cannot say what it is
-        text = ""
-    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}".rstrip(": ")

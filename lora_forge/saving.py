@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_forge import __version__
+from lora_forge.config.like import RECORD_FORMAT, RECORD_KEY
 from lora_forge.contracts import LayerKey, LoraWeights, SaveReport, SaveRequest
 from lora_forge.errors import OutputError, RunFailed, blaming
 from lora_forge.files.names import file_stem
@@ -21,9 +22,6 @@ from lora_forge.plan import Plan, Request
 
 if TYPE_CHECKING:
     from lora_forge.effect import Effect
-
-RECORD_KEY = "lora_forge"
-RECORD_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -131,18 +129,20 @@ def _write(plan: Plan, save: SaveRequest, *, overwrite: bool) -> SaveReport:
     return report if isinstance(report, SaveReport) else SaveReport()
 
 
-def _record(plan: Plan, request: Request, effect: Effect, strength: float) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers come from, as the file records them."""
     packages = ("torch", "transformers", "diffusers", "peft", "safetensors")
+    own = {"lora-forge": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}
+
+
+def _record(plan: Plan, request: Request, effect: Effect, strength: float) -> dict[str, Any]:
     return {
         "format": RECORD_FORMAT,
         "run": plan.record_of(request),
         "strength": strength,
         "effect": effect.as_dict(),
-        "versions": {
-            "lora-forge": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-        },
+        "versions": versions(),
     }
 
 

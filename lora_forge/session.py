@@ -15,7 +15,7 @@ from lora_forge.result import RunResult
 if TYPE_CHECKING:
     from lora_forge.model import LoadedModel
 
-_OF_THE_MODEL = ("model", "base_model", "device", "dtype", "backend_options", "plugins")
+_OF_THE_MODEL = ("model", "base_model", "device", "dtype", "backend_options", "plugins", "strict_plugins")
 
 
 class Session:
@@ -96,7 +96,7 @@ def load(
             raise UsageError(f"{', '.join(idle)}: belongs to a model that is read, not to a pipeline in memory")
         settings["dtype"] = str(getattr(pipeline, "dtype", "float32")).removeprefix("torch.")
     config: RunConfig = read_run_config([settings])
-    return Session(discover(config.plugins), settings, pipeline)
+    return Session(discover(config.plugins, strict=config.strict_plugins), settings, pipeline)
 
 
 def run(prompt: str, model: str = "sdxl_base", *, pipeline: Any = None, **settings: Any) -> RunResult:

@@ -106,9 +106,9 @@ def test_list_says_how_to_ask_for_a_name_that_is_not_ones_own(site: Site, plugin
     rows = plugins.json("list", "--kind", "loss")["plugins"]
     assert {(row["distribution"], row["name"], row["status"]) for row in rows} == {
         ("lora-forge", "embedding_magnitude", "ok"),
-        ("rival", "embedding_magnitude", "only as rival:embedding_magnitude"),
-        ("first", "small", "conflicts with second:small"),
-        ("second", "small", "conflicts with first:small"),
+        ("rival", "embedding_magnitude", "shadows nothing: embedding_magnitude is the built-in, rival:embedding_magnitude this one"),
+        ("first", "small", "conflicts with second:small; call it first:small"),
+        ("second", "small", "conflicts with first:small; call it second:small"),
     }
 
 
@@ -123,6 +123,7 @@ def test_list_and_show_take_plugin_files_too(site: Site, plugins: Verb) -> None:
 def test_show_gives_the_options_with_type_default_bounds_and_help(plugins: Verb) -> None:
     shown = plugins.json("show", "adamw")
     options = {option["name"]: option for option in shown.pop("options")}
+    assert set(shown.pop("schema")["properties"]) == set(options)
     assert shown == {
         "kind": "optimizer",
         "name": "adamw",
@@ -133,6 +134,8 @@ def test_show_gives_the_options_with_type_default_bounds_and_help(plugins: Verb)
         "elementwise": True,
     }
     assert {name: (o["type"], o["default"]) for name, o in options.items()} == {
+        "schedule": ("'constant' | 'linear' | 'cosine'", "constant"),
+        "warmup": ("int", 0),
         "lr": ("float", 1e-4),
         "betas": ("(float, float)", [0.9, 0.999]),
         "eps": ("float", 1e-8),

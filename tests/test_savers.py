@@ -15,6 +15,7 @@ import lora_forge
 from lora_forge.builtin import savers
 from lora_forge.contracts import LoraWeights, SaveRequest
 from lora_forge.derive import derive_model_config
+from lora_forge.plugins import discover
 
 SAVERS = {"safetensors": savers.universal, "diffusers": savers.diffusers}
 PROMPT = "a „strange“ 🦉 prompt"
@@ -30,7 +31,7 @@ def pipe(tiny_folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def every_block_layer(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[int, int]]:
     """`[out, in]` of every linear layer within the blocks of tiny_sdxl."""
-    config = derive_model_config("tiny_sdxl", ["all"], backend="sdxl", rank=4, alpha=4)
+    config = derive_model_config("tiny_sdxl", ["all"], discover(), backend="sdxl", rank=4, alpha=4)
     return {
         (component, layer): tuple(size)
         for component in ("text_encoder", "text_encoder_2", "unet")

@@ -70,5 +70,6 @@ def test_help_imports_no_verb_and_no_plugin(seen: dict[str, tuple[int, list[str]
     assert set(seen["--help"][1]) - set(seen["the names a plugin needs"][1]) == {
         "lora_forge.cli",
         "lora_forge.cli.main",
+        "lora_forge.cli.verbs",
         "lora_forge.errors",
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
 import sys
 from collections.abc import Iterable
@@ -12,40 +11,21 @@ from typing import Any
 import click
 
 from lora_forge import __version__
-from lora_forge.errors import LoraForgeError, Terminated, nearest
+from lora_forge.cli.verbs import Verbs
+from lora_forge.errors import LoraForgeError, Terminated
 
 _VERBS = {
     "run": ("lora_forge.cli.run", "Make a LoRA for one prompt."),
     "models": ("lora_forge.cli.models", "List, show and make model configs."),
-    "plugins": ("lora_forge.cli.plugins", "List and show plugins."),
+    "plugins": ("lora_forge.cli.plugins", "List, show, check and make plugins."),
 }
 
 
-class Verbs(click.Group):
-    """Verbs are imported when they are called, so that `--help` imports none."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _VERBS:
-            raise click.UsageError(f"unknown command {cmd_name!r}{nearest(cmd_name, _VERBS)}")
-        command: click.Command = importlib.import_module(_VERBS[cmd_name][0]).command
-        return command
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise click.Abort from error  # before click sees it, which would print a line of its own
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _VERBS.items()])
-
-
 @click.group(
-    cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, epilog="lora-forge COMMAND --help says more."
+    cls=Verbs,
+    verbs=_VERBS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="lora-forge COMMAND --help says more.",
 )
 @click.version_option(__version__, prog_name="lora-forge")
 def lora_forge() -> None:

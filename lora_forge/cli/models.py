@@ -90,12 +90,14 @@ def new_model(
     overwrite: bool,
 ) -> None:
     """Derive a model config from a model's architecture, dimensions and all, without reading its weights."""
+    from lora_forge.cli.registry import open_registry
     from lora_forge.derive import derive_model_config
     from lora_forge.saving import check_output
 
     path = output or Path(f"{name}_config.json")
     check_output(path, overwrite=overwrite)
-    data = derive_model_config(base_model, targets, backend=backend, rank=rank, alpha=rank if alpha is None else alpha)
+    alpha = rank if alpha is None else alpha
+    data = derive_model_config(base_model, targets, open_registry(), backend=backend, rank=rank, alpha=alpha)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(data, indent=1))
     path.write_text(text + "\n", encoding="utf-8")

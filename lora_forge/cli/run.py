@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
 from lora_forge.cli.answer import json_alone
+from lora_forge.cli.registry import open_registry
+from lora_forge.config.like import Earlier, check_plugins, differences, read_earlier
 from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, RunConfig, collect_run_config, read_toml
 from lora_forge.errors import ConfigError, PluginError, Problem
 from lora_forge.options import Text
-from lora_forge.plugins import discover
 
 if TYPE_CHECKING:
     from lora_forge.plan import Plan
@@ -87,37 +88,45 @@ def _metavar(hint: Any) -> str:
 @click.option("--saver-opt", multiple=True, metavar="KEY=VALUE", help="an option of it; repeatable")
 @click.option("--backend-opt", multiple=True, metavar="KEY=VALUE", help="an option of the model's backend; repeatable")
 @click.option("--config", type=Path, metavar="RUN.toml", help="a run config file; the command line wins over it")
+@click.option("--like", type=Path, metavar="FILE", help="repeat the run that made this file; all else wins over it")
 @click.option("--dry-run", is_flag=True, help="print the resolved run and check it; read no weights, write nothing")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object on stdout, all else on stderr")
-def command(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> int:
+def command(config: Path | None, like: Path | None, dry_run: bool, as_json: bool, **given: Any) -> int:
     """Make a LoRA for one prompt.
 
     \b
     lora-forge run --prompt "a steampunk owl" --model tiny_sdxl -o owl.safetensors
     """
-    layers: list[dict[str, Any]] = [read_toml(config)] if config else []
+    earlier = read_earlier(like) if like else None
+    layers: list[Mapping[str, Any]] = [read_toml(config)] if config else []
     layers += _structured(given)
     with json_alone(as_json) as answer:
-        return _carry_out(layers, config.name if config else "", dry_run, answer if as_json else None)
+        return _carry_out(earlier, layers, config.name if config else "", dry_run, answer if as_json else None)
 
 
-def _carry_out(layers: list[dict[str, Any]], source: str, dry_run: bool, answer: Answer | None) -> int:
-    run_config, mistakes = collect_run_config(layers)
+def _carry_out(
+    earlier: Earlier | None, layers: list[Mapping[str, Any]], source: str, dry_run: bool, answer: Answer | None
+) -> int:
+    run_config, mistakes = collect_run_config([*([earlier.layer] if earlier else []), *layers])
     try:
-        registry = discover(run_config.plugins)
+        registry = open_registry(run_config.plugins, strict=run_config.strict_plugins)
     except PluginError as error:
         raise ConfigError(source if mistakes else "", [*mistakes, Problem("plugins", str(error))]) from error
-    for plugin in registry.broken:
-        click.echo(f"lora-forge: plugin {plugin.id} is broken and ignored: {plugin.error}", err=True)
+
+    if earlier:
+        check_plugins(earlier, run_config, registry)
 
     from lora_forge.plan import make_plan
-    from lora_forge.saving import default_output
+    from lora_forge.saving import default_output, versions
     from lora_forge.session import Session
 
     plan = make_plan(run_config, registry, mistakes=mistakes, source=source)
     if run_config.output is None:
         output = default_output(run_config.prompt, plan.saver_spec.suffix)
         plan = dataclasses.replace(plan, config=dataclasses.replace(run_config, output=output))
+    if earlier:
+        for difference in differences(earlier, plan.record(), versions()):
+            click.echo(f"lora-forge: not as {earlier.path.name}: {difference}", err=True)
     with Session(registry, {}) as session:
         return _dry_run(session, plan, answer) if dry_run else _run(session, registry, plan, answer)
 

@@ -57,6 +57,7 @@ class RunConfig:
     overwrite: bool = _knob(False, "replace the output file if it exists")
     date: str | None = _knob(None, "date to store in the file, such as 2026-01-31")
     plugins: tuple[Path, ...] = _knob((), "plugin files to load")
+    strict_plugins: bool = _knob(False, "any broken plugin is an error")
     loss: tuple[Choice, ...] = (Choice("embedding_magnitude"),)
     initializer: Choice = Choice("gaussian")
     optimizer: Choice = Choice("adamw")
