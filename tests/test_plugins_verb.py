@@ -106,7 +106,7 @@ def test_list_says_how_to_ask_for_a_name_that_is_not_ones_own(site: Site, plugin
     rows = plugins.json("list", "--kind", "loss")["plugins"]
     assert {(row["distribution"], row["name"], row["status"]) for row in rows} == {
         ("lora-forge", "embedding_magnitude", "ok"),
-        ("rival", "embedding_magnitude", "shadows nothing: embedding_magnitude is the built-in, rival:embedding_magnitude this one"),
+        ("rival", "embedding_magnitude", "shadows nothing; call it rival:embedding_magnitude"),
         ("first", "small", "conflicts with second:small; call it first:small"),
         ("second", "small", "conflicts with first:small; call it second:small"),
     }

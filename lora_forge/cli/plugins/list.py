@@ -57,7 +57,7 @@ def _status(registry: Registry, one: Supplied) -> str:
     if one.is_builtin or not rivals:
         return "ok"
     if any(other.is_builtin for other in rivals):
-        return f"shadows nothing: {one.spec.name} is the built-in, {one.qualified_name} this one"
+        return f"shadows nothing; call it {one.qualified_name}"
     return f"conflicts with {', '.join(other.qualified_name for other in rivals)}; call it {one.qualified_name}"
 
 

@@ -1,0 +1,79 @@
+"""The conformance kit: plugins that break one rule of their contract are told so in words, and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from rule_breakers import Breaker, backends, initializers, losses, optimizers, savers
+from torch import nn
+
+from lora_forge.plugins import discover
+from lora_forge.records import Spec
+from lora_forge.testing import RULES, examine
+
+KINDS = {
+    "loss": losses.BREAKERS,
+    "initializer": initializers.BREAKERS,
+    "optimizer": optimizers.BREAKERS,
+    "saver": savers.BREAKERS,
+    "backend": backends.BREAKERS,
+}
+SHARED = {"record", "bounds", "options", "builds"}  # see test_conformance_options
+BUILT_IN = [one.spec for specs in discover().supplied.values() for one in specs if one.is_builtin]
+
+
+@pytest.mark.parametrize("breaker", [one for breakers in KINDS.values() for one in breakers], ids=str)
+def test_a_plugin_that_breaks_one_rule_is_told_so_in_words_and_of_no_other(breaker: Breaker) -> None:
+    examination = examine(breaker.spec, breaker.options)
+    assert [finding.rule for finding in examination.findings] == [breaker.rule], examination.findings
+    (finding,) = examination.findings
+    assert breaker.rule in examination.checked
+    missing = [word for word in breaker.words if word not in finding.message]
+    assert not missing, f"{finding.message!r} lacks {missing}"
+    assert "\n" not in finding.message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_rule_has_a_plugin_that_breaks_it(kind: str) -> None:
+    assert {breaker.rule for breaker in KINDS[kind]} >= set(RULES[kind]) - SHARED
+
+
+@pytest.mark.parametrize("spec", BUILT_IN, ids=lambda spec: spec.name)
+def test_built_ins_keep_every_rule(spec: Spec) -> None:
+    examination = examine(spec)
+    assert examination.findings == ()
+    assert set(examination.checked) == set(RULES[spec.kind])
+
+
+def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def nadam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.NAdam(parameters, lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "unchecked"),
+    [
+        (losses.spec(losses.good), set()),
+        (losses.spec(losses.denoising, needs=losses.BOTH), set()),
+        (losses.spec(losses.first_encoder_only), set()),
+        (initializers.spec(initializers.good), set()),
+        (optimizers.spec(optimizers.Descent, elementwise=True), set()),
+        (optimizers.spec(momentum, elementwise=True), set()),
+        (optimizers.spec(nadam, elementwise=True), set()),
+        (optimizers.spec(optimizers.clipping), {"elementwise"}),
+        (optimizers.spec(optimizers.adafactor), {"elementwise"}),
+        (savers.spec(savers.pickled, suffix=".pt", reader=savers.unpickled), set()),
+        (savers.spec(savers.pickled, suffix=".pt", reader="rule_breakers.savers:unpickled"), set()),
+        (backends.GOOD, set()),
+        (backends.TEXT_ONLY, {"noise"}),
+    ],
+)
+def test_plugins_as_people_write_them_keep_every_rule_that_concerns_them(spec: Spec, unchecked: set[str]) -> None:
+    examination = examine(spec)
+    assert examination.findings == ()
+    assert set(RULES[spec.kind]) - set(examination.checked) == unchecked
