@@ -67,7 +67,10 @@ def test_the_wheel_holds_the_package_its_configs_and_nothing_else(wheel: Path) -
     for name in ("tokenizer/vocab.json", "tokenizer_2/merges.txt", "unet/config.json", "NOTICE.md"):
         assert f"lora_forge/builtin/sdxl/configs/{name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not any("test" in name or name.endswith(".pyc") for name in names)
+    templates = CHECKOUT / "lora_forge" / "scaffold" / "templates"
+    for path in templates.rglob("*.tmpl"):
+        assert f"lora_forge/scaffold/templates/{path.relative_to(templates).as_posix()}" in names
+    assert not any(Path(name).name.startswith("test_") or name.endswith(".pyc") for name in names)
 
 
 def test_every_module_of_the_package_is_in_the_wheel(wheel: Path) -> None:
