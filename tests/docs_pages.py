@@ -1,16 +1,19 @@
 """The fenced blocks of README.md and docs/, and how each kind of them is executed.
 
 What needs the Hub, a GPU or a fresh machine is replaced by what runs here, in `Reader.command` and, for the
-Hub id and the device in Python blocks, in `Reader._python`; nothing else is replaced.
+Hub id and the device in Python blocks, in `Reader._python`; nothing else is replaced. Pages that install with pip or
+run pytest are also followed to the letter, in an environment of their own: tests/docs_shell.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).parent.parent
-PAGES = (CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md")))
+DOCS = CHECKOUT / "docs"
+PAGES = (CHECKOUT / "README.md", *sorted(DOCS.rglob("*.md")))
+PLUGIN_PAGES = tuple(sorted((CHECKOUT / "plugins").rglob("README.md")))
 EXECUTED = ("bash", "python", "toml", "json")
-SHOWN_ONLY = ("text", "mermaid")
+SHOWN_ONLY = ("text",)
 # Each command line of a fresh machine ends in what is executed here, in the environment there is.
 SETUP = re.compile(r"python3 -m venv \.venv && \.venv/bin/pip install -q -c constraints\.txt (\.|-e \"\.\[dev\]\") && ")
 ACCEPTANCE = "python benchmarks/accept_sdxl.py"
@@ -29,6 +34,8 @@ ON_A_GPU = re.compile(r'dtype=torch\.float16\s*\)\.to\("cuda"\)')
 
 _FENCE = re.compile(r"^```(\S*)[ ]?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|toml))$")
+_TITLE = re.compile(r'title="([\w./-]+)"$')
+_ASSIGNMENT = re.compile(r"[A-Z_]+=")
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,28 @@ class Block:
     def file_name(self) -> str | None:
         """The file the block is the content of, if its first line or its info string names one."""
         first = _FILE_NAME.match(self.text.partition("\n")[0])
-        return first.group(1) if first else self.info or None
+        return first.group(1) if first else self.title or self.info or None
+
+    @property
+    def title(self) -> str | None:
+        """The path within a package that the block is shown under, where it is."""
+        title = _TITLE.match(self.info)
+        return title.group(1) if title else None
+
+    @property
+    def sets_up(self) -> bool:
+        """Whether it makes the reader's environment and installs lora-forge in it; here that is done already."""
+        return self.language == "bash" and self.text.startswith("python3 -m venv .venv\n")
+
+    def write(self) -> None:
+        """Write the file it is the content of, in the current folder."""
+        assert self.file_name
+        path = Path(self.file_name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.text, encoding="utf-8")
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{self.page.relative_to(CHECKOUT)}:{self.line}"
 
 
 def blocks(page: Path) -> Iterator[Block]:
@@ -70,6 +95,8 @@ class Reader:
         self._names: dict[str, Any] = {"__name__": "page"}
 
     def do(self, block: Block) -> None:
+        if block.sets_up:
+            return
         actions: dict[str, Callable[[Block], None]] = {
             "bash": self._bash,
             "python": self._python,
@@ -90,8 +117,18 @@ class Reader:
             line = line[setup.end() :].removeprefix(".venv/bin/")
         if line == "pytest -n 2":  # this is it
             return
-        program, *arguments = shlex.split(line)
-        if line == ACCEPTANCE:
+        words = shlex.split(line)
+        if _ASSIGNMENT.match(words[0]):
+            self._with(words[0], shlex.join(words[1:]))
+            return
+        program, *arguments = words
+        if program == "cd":
+            os.chdir(arguments[0])
+        elif program == "pip":
+            self._pip(arguments)
+        elif program == "pytest":  # run by tests/test_docs.py to the letter, in tests marked slow
+            assert all(Path(one).exists() for one in arguments if not one.startswith("-")), line
+        elif line == ACCEPTANCE:
             self._accept(["--model", "tiny_sdxl", "--device", "cpu", "--iterations", "2", "--steps", "2"])
         elif program != "lora-forge":
             raise AssertionError(f"no test knows how to run {line!r}")
@@ -100,6 +137,33 @@ class Reader:
             self._forge(["tiny_sdxl" if word == "sdxl_base" else word for word in arguments])
         else:
             self._forge(arguments)
+
+    def _with(self, assignment: str, line: str) -> None:
+        name, _, value = assignment.partition("=")
+        before = os.environ.get(name)
+        os.environ[name] = value
+        try:
+            self.command(line)
+        finally:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
+
+    def _pip(self, arguments: list[str]) -> None:
+        """Instead of installing the package in the current folder, have it found there."""
+        if arguments[0] == "wheel":
+            return
+        project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+        info = Path(f"{project['name'].replace('-', '_')}-{project['version']}.dist-info")
+        if info.exists():
+            return
+        info.mkdir()
+        about = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        (info / "METADATA").write_text(about, encoding="utf-8")
+        points = "".join(f"{key} = {value}\n" for key, value in project["entry-points"]["lora_forge"].items())
+        (info / "entry_points.txt").write_text(f"[lora_forge]\n{points}", encoding="utf-8")
+        sys.path.insert(0, str(Path.cwd()))
+        importlib.invalidate_caches()
 
     def _forge(self, arguments: list[str]) -> None:
         from lora_forge.cli.main import main
@@ -118,16 +182,18 @@ class Reader:
         text = ON_A_GPU.sub("dtype=torch.float32)", block.text.replace(SDXL, str(self._tiny)))
         code = compile(text, str(block), "exec")
         if block.file_name:
-            Path(block.file_name).write_text(block.text, encoding="utf-8")
+            block.write()
         else:
             exec(code, self._names)
 
     def _toml(self, block: Block) -> None:
         data = tomllib.loads(block.text)
-        if "project" in data:  # a part of a plugin's pyproject.toml
+        if "project" in data:  # a plugin's pyproject.toml, or a part of it
             from lora_forge.plugins import ENTRY_POINT_GROUP
 
             assert list(data["project"]["entry-points"]) == [ENTRY_POINT_GROUP]
+            if block.title:
+                block.write()
             return
         name = block.file_name or "run.toml"
         Path(name).write_text(block.text, encoding="utf-8")
@@ -138,7 +204,7 @@ class Reader:
 
         parse_model_config(json.loads(block.text), name="example", source=str(block))
         if block.file_name:
-            Path(block.file_name).write_text(block.text, encoding="utf-8")
+            block.write()
 
 
 def make_full_size_folder(folder: Path) -> Path:

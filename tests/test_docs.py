@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ import pytest
 from docs_pages import (
     ACCEPTANCE,
     CHECKOUT,
+    DOCS,
     EXECUTED,
     PAGES,
     SETUP,
     SHOWN_ONLY,
-    Block,
     Reader,
     blocks,
     commands,
@@ -29,10 +31,16 @@ from docs_pages import (
 )
 
 import lora_forge
-from lora_forge import hookspecs
+from lora_forge import contracts, hookspecs
+from lora_forge.events import RunFailure, RunFinish, RunInfo, RunStart, StepFinish
 from lora_forge.hookspecs import EXTENSION_POINTS, LIFECYCLE_EVENTS
+from lora_forge.records import Spec
 
-README, USAGE, PLUGINS = CHECKOUT / "README.md", CHECKOUT / "docs" / "usage.md", CHECKOUT / "docs" / "plugins.md"
+README, USAGE, PLUGINS, EVENTS = (
+    CHECKOUT / "README.md",
+    *(DOCS / name for name in ("usage.md", "plugins.md", "extend/events.md")),
+)
+PAGE_OF_KIND = {kind: DOCS / "extend" / f"{kind}{'es' if kind.endswith('s') else 's'}.md" for kind in EXTENSION_POINTS}
 ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
@@ -41,17 +49,22 @@ def full_size_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_full_size_folder(tmp_path_factory.mktemp("full_size") / "sdxl")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(CHECKOUT).as_posix())
 def test_every_block_of_a_page_works_in_the_order_it_stands_in(
     page: Path, tiny_folder: Path, full_size_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
     reader = Reader(tiny_folder, full_size_folder)
     for block in blocks(page):
         try:
             reader.do(block)
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{block}: {type(error).__name__}: {error}") from error
+    for name in set(sys.modules) - before:  # what the page has written is not there on the next
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def test_every_block_is_of_a_language_that_is_executed_or_stated_to_be_shown_only() -> None:
@@ -99,7 +112,7 @@ def test_the_readmes_first_command_works_in_a_clean_checkout_as_it_stands(tmp_pa
 
 
 def test_what_contributing_asks_for_is_what_continuous_integration_runs() -> None:
-    ci = (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    ci = (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8").replace(' -d "$work/site"', "").splitlines()
     asked = [line for block in blocks(CHECKOUT / "CONTRIBUTING.md") for line in commands(block)]
     assert [line for line in asked if "venv" not in line and line not in ci] == []
 
@@ -111,8 +124,9 @@ def test_the_readmes_loss_is_a_complete_file_of_at_most_twelve_lines() -> None:
 
 @pytest.mark.parametrize("name", [*(hook for hook, _ in EXTENSION_POINTS.values()), *LIFECYCLE_EVENTS])
 def test_each_hook_is_documented_with_its_exact_signature(name: str) -> None:
+    page = {hook: PAGE_OF_KIND[kind] for kind, (hook, _) in EXTENSION_POINTS.items()}.get(name, EVENTS)
     signature = str(inspect.signature(getattr(hookspecs, name))).replace("'", "")
-    assert f"`{name}{signature}`" in PLUGINS.read_text(encoding="utf-8")
+    assert f"`{name}{signature}`" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", EXTENSION_POINTS)
@@ -120,23 +134,60 @@ def test_the_example_in_an_extension_points_docstring_is_the_one_on_its_page(kin
     docstring = inspect.getdoc(getattr(hookspecs, EXTENSION_POINTS[kind][0])) or ""
     example = docstring.partition("```python\n")[2].partition("```")[0]
     assert example
-    files = [block.text.partition("\n")[2] for block in blocks(PLUGINS) if block.file_name]
+    files = [block.text.partition("\n")[2] for block in blocks(PAGE_OF_KIND[kind]) if block.file_name]
     assert without_double_blanks(example) in [without_double_blanks(text) for text in files]
 
 
-def test_every_record_field_a_plugin_author_can_set_is_on_the_plugins_page() -> None:
-    text = PLUGINS.read_text(encoding="utf-8")
-    fields = {field.name for _, spec in EXTENSION_POINTS.values() for field in dataclasses.fields(spec)}
-    assert [name for name in sorted(fields) if name not in text] == []
+@pytest.mark.parametrize("kind", EXTENSION_POINTS)
+def test_every_field_of_a_spec_is_on_the_page_of_its_kind_or_among_the_common_ones(kind: str) -> None:
+    own = {field.name for field in dataclasses.fields(EXTENSION_POINTS[kind][1])}
+    common = {field.name for field in dataclasses.fields(Spec)}
+    assert missing(common, PLUGINS) == []
+    assert missing(own - common, PAGE_OF_KIND[kind]) == []
 
 
-def test_everything_a_loss_can_ask_its_batch_for_is_on_the_plugins_page() -> None:
+@pytest.mark.parametrize(
+    ("record", "page"),
+    [
+        (contracts.InitialLayer, PAGE_OF_KIND["initializer"]),
+        (contracts.SaveRequest, PAGE_OF_KIND["saver"]),
+        (contracts.SaveReport, PAGE_OF_KIND["saver"]),
+        (contracts.BackendRequest, PAGE_OF_KIND["backend"]),
+        (contracts.EncoderOutput, PAGE_OF_KIND["loss"]),
+        *((record, EVENTS) for record in (RunInfo, RunStart, StepFinish, RunFinish, RunFailure)),
+    ],
+)
+def test_every_field_of_what_a_plugin_is_given_is_on_its_page(record: Any, page: Path) -> None:
+    assert missing((field.name for field in dataclasses.fields(record)), page) == []
+
+
+def test_everything_a_loss_can_ask_its_batch_for_is_on_the_page_of_losses() -> None:
     from lora_forge.batch import Batch
 
-    text = PLUGINS.read_text(encoding="utf-8")
     members = [name for name in vars(Batch) if not name.startswith("_")]
     assert len(members) > 8
+    text = PAGE_OF_KIND["loss"].read_text(encoding="utf-8")
     assert [name for name in members if f"batch.{name}" not in text] == []
+
+
+def test_every_rule_of_the_conformance_kit_is_on_the_page_about_testing_in_its_own_words() -> None:
+    from lora_forge.testing import RULES
+
+    text = (DOCS / "extend" / "testing.md").read_text(encoding="utf-8")
+    every, *kinds = text.partition("## What is checked")[2].split("\n### ")
+    sections = {PAGE_OF_KIND[kind]: rules for kind, rules in RULES.items()}
+    assert sorted(one.partition("\n")[0].lower() for one in kinds) == sorted(page.stem for page in sections)
+    for section in kinds:
+        rules = sections[DOCS / "extend" / f"{section.partition(chr(10))[0].lower()}.md"]
+        shown = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", every + section, re.MULTILINE))
+        assert shown == rules, section.partition("\n")[0]
+
+
+def test_every_environment_variable_that_is_read_is_on_the_usage_page() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (CHECKOUT / "lora_forge").rglob("*.py"))
+    read = {*re.findall(r"\bLORA_FORGE_[A-Z_]+\b", sources), *re.findall(r"environ\S*[(\[]\"([A-Z_]+)\"", sources)}
+    assert read >= {"LORA_FORGE_PLUGINS", "LORA_FORGE_TRACE", "LORA_FORGE_CACHE", "SOURCE_DATE_EPOCH"}
+    assert missing(read, USAGE) == []
 
 
 def test_every_option_of_run_is_on_the_usage_page() -> None:
@@ -151,9 +202,19 @@ def test_every_option_of_run_is_on_the_usage_page() -> None:
 def test_every_option_of_models_new_is_on_the_models_page() -> None:
     from lora_forge.cli.models import new_model
 
-    text = (CHECKOUT / "docs" / "models.md").read_text(encoding="utf-8")
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
     options = [name for parameter in new_model.params for name in parameter.opts if name.startswith("-")]
     assert [name for name in options if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("verb", ["list", "show", "check", "new"])
+def test_every_option_of_the_verbs_about_plugins_is_on_a_page_about_plugins(verb: str) -> None:
+    command = importlib.import_module(f"lora_forge.cli.plugins.{verb}").command
+    pages = (PLUGINS, DOCS / "broken-plugins.md", DOCS / "extend" / "testing.md")
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    options = [name for parameter in command.params for name in parameter.opts if name.startswith("-")]
+    assert options
+    assert [name for name in options if not re.search(rf"`?{name}\b", text)] == []
 
 
 def test_the_run_config_example_has_every_key_there_is() -> None:
@@ -194,50 +255,11 @@ def test_the_lines_a_run_ends_with_make_an_image(tmp_path: Path) -> None:
     assert names["image"] == (64, 64)
 
 
-def test_every_relative_link_leads_somewhere() -> None:
-    broken = []
-    for page in (*PAGES, CHECKOUT / "CONTRIBUTING.md", CHECKOUT / "CHANGELOG.md"):
-        text = page.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            if "://" in target:
-                continue
-            path, _, anchor = target.partition("#")
-            linked = page.parent / path if path else page
-            if not linked.exists() or (anchor and anchor not in _anchors(linked)):
-                broken.append(f"{page.name}: {target}")
-    assert broken == []
-
-
-def test_every_page_is_in_the_index() -> None:
-    index = (CHECKOUT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if page.name != "index.md" and f"({page.name})" not in index] == []
-
-
-def test_every_file_path_the_architecture_page_names_exists() -> None:
-    (tree,) = _of_language("architecture.md", "text")
-    names = re.findall(r"\b(\w+(?:\.py|/))", tree.text)
-    assert len(names) > 20
-    missing = [n for n in names if not any((CHECKOUT / "lora_forge" / sub / n).exists() for sub in (".", "config"))]
-    assert missing == []
-
-
-def test_every_module_the_architecture_page_calls_public_can_be_imported() -> None:
-    text = (CHECKOUT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    section = text.partition("## What a plugin may import")[2].partition("##")[0]
-    modules = re.findall(r"`(lora_forge[\w.]*)`", section)
-    assert len(modules) >= 9
-    for module in modules:
-        __import__(module)
-
-
 def without_double_blanks(code: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", code)
 
 
-def _of_language(page: str, language: str) -> list[Block]:
-    return [block for block in ALL_BLOCKS if block.page.name == page and block.language == language]
-
-
-def _anchors(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+def missing(names: Iterable[str], page: Path) -> list[str]:
+    """Those of the names that the page has nowhere between backticks."""
+    code = " ".join(re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")))
+    return [name for name in sorted(names) if not re.search(rf"\b{name}\b", code)]
