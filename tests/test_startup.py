@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from fresh_environment import FreshEnvironment
+from plugin_scenarios import well_made
 
 HEAVY = ("torch", "transformers", "diffusers", "peft", "safetensors", "numpy")
 RIGHT = (
@@ -73,3 +76,22 @@ def test_help_imports_no_verb_and_no_plugin(seen: dict[str, tuple[int, list[str]
         "lora_forge.cli.verbs",
         "lora_forge.errors",
     }
+
+
+def test_help_and_the_list_import_nothing_heavy_with_twenty_plugins_installed(tmp_path: Path) -> None:
+    environment = FreshEnvironment.make(tmp_path / "environment")
+    environment.install(*well_made(tmp_path, 20))
+    script = """
+import json, sys
+from lora_forge.cli.main import main
+code = main(sys.argv[1:])
+print(json.dumps([code, sorted(sys.modules)]))
+"""
+    for arguments, plugins in (("--help",), 0), (("plugins", "list"), 20):
+        done = environment.execute("-c", script, *arguments)
+        code, modules = json.loads(done.stdout.splitlines()[-1])
+        assert code == 0, done.stderr
+        assert [module for module in modules if module.partition(".")[0] in HEAVY] == []
+        # The list imported them all, and of each no more than the module its entry point names.
+        assert len([m for m in modules if m.startswith("forge_wonder_") and m.endswith(".plugin")]) == plugins
+        assert not [m for m in modules if m.startswith("forge_wonder_") and m.endswith(".loss")]
