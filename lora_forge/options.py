@@ -255,7 +255,9 @@ def _bounds(metadata: Mapping[str, Any]) -> str:
 def check_bounds(value: Any, metadata: Mapping[str, Any]) -> None:
     numbers = value if isinstance(value, list | tuple) else [value]
     for number in numbers:
-        if not isinstance(number, int | float):
+        if isinstance(number, list | tuple):
+            check_bounds(number, metadata)
+        if isinstance(number, bool) or not isinstance(number, int | float):
             continue
         low, high, above = metadata.get("min"), metadata.get("max"), metadata.get("above")
         if (low is not None and number < low) or (high is not None and number > high):

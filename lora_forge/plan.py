@@ -305,14 +305,16 @@ def _choose(registry: Registry, kind: str, choice: Choice, problems: list[Proble
 
 
 def _with_learning_rate(registry: Registry, choice: Choice, model: ModelConfig | None) -> Choice:
-    """A model config's `learning_rate` fills `lr` of an optimizer that has one."""
+    """A model config's `learning_rate` fills `lr` of an optimizer that has one, unless its `model_config` is False."""
     if model is None or model.learning_rate is None:
         return choice
     try:
         options = registry.resolve("optimizer", choice.name).spec.options
     except LoraForgeError:
         return choice  # reported where it is chosen
-    if "lr" not in (field.name for field in dataclasses.fields(options)):
+    if not any(
+        field.name == "lr" and field.metadata.get("model_config", True) for field in dataclasses.fields(options)
+    ):
         return choice
     return Choice(choice.name, {"lr": model.learning_rate, **choice.options})
 

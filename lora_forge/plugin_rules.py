@@ -59,8 +59,12 @@ def check_hooks(module: Any) -> None:
                 value = getattr(module, name, None)
                 if inspect.isfunction(value) and name in known and value.__module__ == getattr(module, "__name__", ""):
                     raise PluginError(f"{name} is not marked with @hookimpl")
-            elif name not in known and not options.get("optionalhook"):
-                raise PluginError(f"unknown hook {name!r}{nearest(name, known)}")
+                continue
+            hook = options.get("specname") or name
+            if hook not in known and not options.get("optionalhook"):
+                raise PluginError(f"unknown hook {hook!r}{nearest(hook, known)}")
+            if options.get("wrapper") or options.get("hookwrapper"):
+                raise PluginError(f"{name} is a wrapper, which would never run: hooks are called one by one")
 
 
 def check_spec(spec: Any, spec_type: type[Spec], hook_name: str) -> None:

@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,7 @@ HEAVY = ("torch", "transformers", "diffusers", "peft")
 class Plugin:
     """One plugin module: `id` is `distribution:entry`; `error` says why it is broken, or is None.
 
+    module: its dotted name, or the name of the file.
     seconds: what its import took. heavy: the heavy packages that were imported by it.
     """
 
@@ -96,12 +98,12 @@ class Registry:
         """Import, check and register one plugin; whatever it raises is recorded, never raised."""
         start, light = time.perf_counter(), [name for name in HEAVY if name not in sys.modules]
         try:
-            module = _traced(f"import {plugin.id}", load)
-            check_api(module)
-            check_hooks(module)
-            self._manager.register(module, name=plugin.id)
-            plugin = replace(plugin, module=getattr(module, "__name__", plugin.module))
-            fresh = list(self._collect(plugin))
+            with redirect_stdout(sys.stderr):  # stdout holds what a command was asked for, and nothing of a plugin's
+                module = _traced(f"import {plugin.id}", load)
+                check_api(module)
+                check_hooks(module)
+                self._manager.register(module, name=plugin.id)
+                fresh = list(self._collect(plugin))
         except (KeyboardInterrupt, Terminated):
             raise
         except BaseException as error:
@@ -295,7 +297,7 @@ def _installed() -> Iterator[tuple[Plugin, Callable[[], Any]]]:
             name, version = _name_and_version(distribution)
             if (name, entry_name) not in seen:  # the first on the path is the one Python imports
                 seen.add((name, entry_name))
-                yield Plugin(f"{name}:{entry_name}", name, version, value), load
+                yield Plugin(f"{name}:{entry_name}", name, version, value.partition(":")[0].strip()), load
 
 
 def _wanted(installed: list[tuple[Plugin, Callable[[], Any]]]) -> list[tuple[Plugin, Callable[[], Any]]]:

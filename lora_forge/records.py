@@ -79,7 +79,8 @@ class OptimizerSpec(Spec):
     elementwise: it treats every number alone (Adam, SGD, Lion). One instance then steps the whole
         bank; otherwise each prompt gets an instance of its own over its own matrices.
 
-    Options derived from `lora_forge.schedules.ScheduleOptions` give it a learning-rate schedule.
+    Options derived from `lora_forge.schedules.ScheduleOptions` give it a learning-rate schedule. An option `lr`
+    is filled from the model config's `learning_rate`, unless its field's metadata has `model_config` False.
     """
 
     kind: ClassVar[str] = "optimizer"

@@ -29,8 +29,10 @@ class ScheduleOptions:
             return step / self.warmup
         if self.schedule == "constant":
             return 1.0
-        progress = min((step - self.warmup) / max(1, iterations - self.warmup), 1.0)
-        return 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        falling = max(1, iterations - self.warmup)
+        if self.schedule == "linear":
+            return max(0.0, (iterations - step) / falling)
+        return 0.5 * (1 + math.cos(math.pi * min((step - self.warmup) / falling, 1.0)))
 
 
 def scheduled(optimizer: torch.optim.Optimizer, options: ScheduleOptions, iterations: int) -> torch.optim.Optimizer:

@@ -77,6 +77,14 @@ def test_an_optional_hook_that_no_release_knows_yet_is_accepted(site: Site) -> N
     assert "small" in names("loss")
 
 
+def test_a_hook_may_have_another_name_if_it_says_which_it_is(site: Site) -> None:
+    hook = "@hookimpl\ndef lora_forge_losses"
+    renamed = "@hookimpl(specname='lora_forge_losses')\ndef mine"
+    site.install("renamed", LOSS.format(name="small").replace(hook, renamed))
+    assert broken() == {}
+    assert "small" in names("loss")
+
+
 # Isolation
 
 SPEC = "from lora_forge import LossSpec, SaverSpec, hookimpl\n@hookimpl\ndef lora_forge_losses():\n    "
@@ -98,6 +106,14 @@ HOOKS = [
     ),
     ("def lora_forge_losses():\n    yield 1", "lora_forge_losses is not marked with @hookimpl"),
     ("def lora_forge_run_failed(event):\n    pass", "lora_forge_run_failed is not marked with @hookimpl"),
+    (
+        "from lora_forge import hookimpl\n@hookimpl(specname='lora_forge_loses')\ndef mine():\n    yield 1",
+        "unknown hook 'lora_forge_loses'; did you mean 'lora_forge_losses'?",
+    ),
+    (
+        "from lora_forge import hookimpl\n@hookimpl(wrapper=True)\ndef lora_forge_run_failed(event):\n    yield",
+        "lora_forge_run_failed is a wrapper, which would never run: hooks are called one by one",
+    ),
     (SPEC + "pass", "TypeError: 'NoneType' object is not iterable"),
     (SPEC.replace("losses()", "losses(surprise)") + "yield 1", "surprise"),
 ]
@@ -201,6 +217,16 @@ def test_a_broken_plugin_costs_a_run_one_line_on_stderr(site: Site, capfd: pytes
     ]
     assert "Traceback" not in captured.err + captured.out
     assert output.is_file()
+
+
+def test_what_a_plugin_prints_at_its_import_or_while_yielding_is_not_in_what_a_command_prints(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plugins", "show", "adamw"]) == 0
+    quiet = capsys.readouterr()
+    site.install("chatty", "print('hello')\n" + LOSS.format(name="small") + "    print('that is all')\n")
+    assert main(["plugins", "show", "adamw"]) == 0
+    assert capsys.readouterr() == (quiet.out, quiet.err + "hello\nthat is all\n")
 
 
 def test_the_cause_is_in_the_error_when_the_name_may_have_come_from_a_broken_plugin(

@@ -15,11 +15,13 @@ SLOW_SECONDS = 1.0
 def open_registry(files: Sequence[Path] = (), *, strict: bool = False) -> Registry:
     """Discover plugins. Raises PluginError as `lora_forge.plugins.discover` does."""
     registry = discover(files, strict=strict)
-    for plugin in registry.broken:
-        click.echo(f"lora-forge: plugin {plugin.id} is broken and ignored: {plugin.error}", err=True)
     for plugin in registry.plugins:
-        if plugin.seconds >= SLOW_SECONDS:
-            click.echo(f"lora-forge: plugin {plugin.id} {cost(plugin)}", err=True)
+        slow = cost(plugin) if plugin.seconds >= SLOW_SECONDS else ""
+        if plugin.error:
+            why = f"{plugin.error} (it {slow})" if slow else plugin.error
+            click.echo(f"lora-forge: plugin {plugin.id} is broken and ignored: {why}", err=True)
+        elif slow:
+            click.echo(f"lora-forge: plugin {plugin.id} {slow}", err=True)
     return registry
 
 

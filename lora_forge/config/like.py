@@ -63,12 +63,15 @@ def check_plugins(earlier: Earlier, config: RunConfig, registry: Registry) -> No
         if one is None or registry.candidates(kind, choice.name):
             continue
         if str(one["version"]).startswith("sha256:"):
-            hint = f"it came from the plugin file {one['module']!r} ({one['version']}): give it again with --plugin"
+            version = _one_line(one["version"])
+            hint = f"it came from the plugin file {one['module']!r} ({version}): give it again with --plugin"
         else:
-            hint = f"it came from {one['distribution']} {one['version']}, which is not installed here"
+            origin = _one_line(f"{one['distribution']} {one['version']}")
+            hint = f"it came from {origin}, which is not installed here"
         problems.append(Problem(kind, f"{one['name']!r} is missing; {hint}{registry.suspects(choice.name)}"))
     if earlier.run.get("init_from") and config.init_from is None:
-        problems.append(Problem("init_from", f"it started from {earlier.run['init_from']}: give it with --init-from"))
+        start = _one_line(str(earlier.run["init_from"]))
+        problems.append(Problem("init_from", f"it started from {start}: give it with --init-from"))
     if problems:
         raise ConfigError(f"like {earlier.path.name}", problems)
 
@@ -88,6 +91,8 @@ def _layer(run: Mapping[str, Any]) -> dict[str, Any]:
     ]
     layer |= {kind: {"name": _name(run[kind]), "options": dict(run[kind]["options"])} for kind in _KINDS}
     layer["backend_options"] = {key: value for key, value in run["backend"]["options"].items() if value is not None}
+    for _, one in _supplied(run):
+        one["version"], one["module"]  # what `check_plugins` reads: a record without them is damaged
     return layer
 
 
@@ -109,9 +114,14 @@ def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
         for index, (one, other) in enumerate(zip(before, now, strict=True)):
             yield from _differences(f"{where}[{index}]" if len(before) > 1 else where, one, other)
     elif before != now:
-        yield f"{where} was {_short(before)}, now {_short(now)}"
+        yield f"{_one_line(where)} was {_short(before)}, now {_short(now)}"
+
+
+def _one_line(text: str) -> str:
+    """Text of a file that may be anybody's: what would break the line, or steer a terminal, is escaped."""
+    return text if text.isprintable() else repr(text)
 
 
 def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
+    text = "absent" if value is None else _one_line(str(value))
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -20,8 +20,8 @@ def read_header(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if 2 <= length <= _LARGEST else b""
-    except OSError as error:
-        raise LoraFileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path that can be none
+        raise LoraFileError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
