@@ -285,7 +285,9 @@ def test_a_plugin_that_imports_torch_at_its_own_import_is_named_by_the_list_and_
 # Rows of the list that are no spec's
 
 
-def test_observers_and_plugins_that_supply_nothing_are_rows_of_the_list(site: Site, capsys: Capture) -> None:
+def test_observers_and_plugins_that_supply_nothing_are_rows_of_the_list(
+    site: Site, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.install("watcher", OBSERVER, version="2.0")
     site.install("empty", "", entry="nothing")
     site.install("both", OBSERVER + LOSS.format(name="small"))
@@ -300,6 +302,7 @@ def test_observers_and_plugins_that_supply_nothing_are_rows_of_the_list(site: Si
         ("loss", "small"): ("1.0", "small embeddings", "ok"),
         ("", "empty:nothing"): ("1.0", "", "supplies nothing"),
     }
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["plugins", "list"]) == 0
     table = capsys.readouterr().out
     assert "watcher:plugin" in table
