@@ -1,4 +1,4 @@
-"""`run --like FILE` repeats the run that made a file, says what differs, and executes nothing for what is written there."""
+"""`run --like FILE` repeats the run that made a file, says what differs, and executes no plugin that is only named."""
 
 from __future__ import annotations
 
