@@ -9,7 +9,8 @@ from typing import Any
 from lora_forge.config.model import DIMENSIONS, TARGETS, expand_targets, parse_model_config
 from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2
 from lora_forge.contracts import BackendRequest
-from lora_forge.errors import ModelError, nearest
+from lora_forge.errors import ConfigError, ModelError, blaming, nearest
+from lora_forge.options import parse_options
 from lora_forge.plugins import Registry, build
 
 
@@ -23,8 +24,12 @@ def derive_model_config(
     ConfigError when rank or alpha do not fit.
     """
     supplied = registry.resolve("backend", backend)
-    model = build(supplied, supplied.spec.options())(BackendRequest(base_model, "cpu", "float32"))
-    architecture = model.architecture()
+    options, mistakes = parse_options(supplied.spec.options, {}, key=backend)
+    if mistakes:
+        raise ConfigError("", mistakes)
+    with blaming(f"backend {backend!r}"):
+        model = build(supplied, options)(BackendRequest(base_model, "cpu", "float32"))
+        architecture = model.architecture()
     chosen: dict[str, list[str]] = {component: [] for component in architecture}
     for target in targets:
         group = model.target_groups.get(target)

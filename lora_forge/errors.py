@@ -33,7 +33,8 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.message}" if self.key else self.message
+        key = self.key if self.key.isprintable() else repr(self.key)  # it may come from anybody's file
+        return f"{key}: {self.message}" if key else self.message
 
 
 class ConfigError(UsageError):

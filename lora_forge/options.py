@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lora_forge.errors import Problem, nearest
+from lora_forge.errors import PluginError, Problem, nearest
 
+_BOUNDS = {"above": ">", "min": "≥", "max": "≤"}
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
 
@@ -67,6 +68,24 @@ def describe_options(options_type: type) -> tuple[OptionInfo, ...]:
     return tuple(table)
 
 
+def check_declared(options_type: type, name: str) -> None:
+    """Raises PluginError for an option whose type no value can be read as, or whose bounds are no numbers."""
+    hints = get_type_hints(options_type)
+    for field in dataclasses.fields(options_type):
+        if not _readable(hints[field.name]):
+            raise PluginError(f"{name}: option {field.name!r} has a type that cannot be read: {hints[field.name]!r}")
+        for bound in _BOUNDS:
+            if not isinstance(field.metadata.get(bound, 0), int | float):
+                raise PluginError(f"{name}: option {field.name!r}: {bound!r} must be a number")
+
+
+def _readable(hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType, list, tuple):
+        arms = [arm for arm in get_args(hint) if arm not in (type(None), Ellipsis)]
+        return bool(arms) and all(map(_readable, arms))
+    return get_origin(hint) is Literal or hint in _READERS or (isinstance(hint, type) and issubclass(hint, enum.Enum))
+
+
 def parse_options(options_type: type, given: Mapping[str, Any], *, key: str) -> tuple[Any, list[Problem]]:
     """Build `options_type` from `given`; a `Text` is parsed, any other value must have the declared type.
 
@@ -92,7 +111,7 @@ def parse_options(options_type: type, given: Mapping[str, Any], *, key: str) -> 
         return None, problems
     try:
         return options_type(**values), []
-    except (ValueError, TypeError) as error:  # the dataclass's own __post_init__
+    except Exception as error:  # the dataclass's own __post_init__
         return None, [Problem(key, str(error))]
 
 
@@ -248,8 +267,7 @@ def _read_sequence(hint: Any, value: Any) -> Any:
 
 
 def _bounds(metadata: Mapping[str, Any]) -> str:
-    words = {"above": ">", "min": "≥", "max": "≤"}
-    return ", ".join(f"{words[name]} {metadata[name]}" for name in words if name in metadata)
+    return ", ".join(f"{word} {metadata[name]}" for name, word in _BOUNDS.items() if name in metadata)
 
 
 def check_bounds(value: Any, metadata: Mapping[str, Any]) -> None:

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from lora_forge.config.like import IN_MEMORY
 from lora_forge.config.model import ModelConfig, expand_targets, read_model_config
 from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, Choice, RunConfig
 from lora_forge.contracts import BackendRequest
-from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, PluginError, Problem
-from lora_forge.options import options_as_dict, parse_options
+from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, PluginError, Problem, blaming
+from lora_forge.options import parse_options, plain
 from lora_forge.plugins import Registry, Supplied, build
 from lora_forge.records import NEEDS, BackendSpec, LossSpec, OptimizerSpec, SaverSpec
+
+IN_MEMORY = "in memory"  # the base model of a run on a pipeline
 
 
 @dataclass(frozen=True)
@@ -224,8 +225,9 @@ def _against_architecture(
     if not base_model or ("/" in base_model and not os.path.exists(base_model)):
         return []
     try:
-        opened = backend.build()(BackendRequest(base_model, "cpu", "float32"))
-        expand_targets(model, opened.architecture(), rank=config.rank or model.lora_rank)
+        with blaming(f"backend {backend.name!r}"):
+            architecture = backend.build()(BackendRequest(base_model, "cpu", "float32")).architecture()
+        expand_targets(model, architecture, rank=config.rank or model.lora_rank)
     except ConfigError as error:
         return [Problem(f"{Path(config.model).name}: {p.key}", p.message) for p in error.problems]
     except LoraForgeError:
@@ -328,9 +330,11 @@ def _named_file(path: Path | None) -> str | None:
 
 
 def _portable_options(options: Any) -> dict[str, Any]:
-    """An options instance as JSON-ready values, without a path of this machine in it."""
-    paths = {f.name for f in dataclasses.fields(options) if isinstance(getattr(options, f.name), Path)}
-    return {
-        name: Path(value).name if name in paths else portable(value) if isinstance(value, str) else value
-        for name, value in options_as_dict(options).items()
-    }
+    """An options instance as JSON-ready values; of a path of this machine, the last part only."""
+    return {f.name: plain(_last_part(getattr(options, f.name))) for f in dataclasses.fields(options)}
+
+
+def _last_part(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_last_part(item) for item in value]
+    return value.name if isinstance(value, Path) else value

@@ -6,6 +6,7 @@ import inspect
 import re
 import traceback
 import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -14,16 +15,17 @@ import pluggy
 from lora_forge import __version__
 from lora_forge.errors import PluginError, nearest
 from lora_forge.hookspecs import EXTENSION_POINTS, LIFECYCLE_EVENTS, PROJECT, SPOKEN_APIS
-from lora_forge.options import describe_options
-from lora_forge.records import NEEDS, LossSpec, Spec
+from lora_forge.options import check_declared, describe_options
+from lora_forge.records import NEEDS, BackendSpec, LossSpec, SaverSpec, Spec
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*\Z")
 _API = "__lora_forge_api__"
+_UNSAID = 1  # a module that does not say which API it is for was written for the first
 
 
 def check_api(module: Any) -> None:
     """Raises PluginError for a module built for a plugin API this release does not speak."""
-    api = getattr(module, _API, SPOKEN_APIS[0])
+    api = getattr(module, _API, _UNSAID)
     if api not in SPOKEN_APIS:
         raise PluginError(_foreign(api))
 
@@ -34,8 +36,8 @@ def reason_of(error: BaseException) -> str:
     An import that fails in a module built for another plugin API fails because of that.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        api = frame.f_globals.get(_API, SPOKEN_APIS[0])
-        if api not in SPOKEN_APIS:
+        api = frame.f_globals.get(_API, _UNSAID)
+        if _API in frame.f_globals and api not in SPOKEN_APIS:
             return _foreign(api)
     return one_line(error)
 
@@ -74,20 +76,39 @@ def check_spec(spec: Any, spec_type: type[Spec], hook_name: str) -> None:
         raise PluginError(f"{hook_name} yields a bad name {spec.name!r}: lower-case letters, digits, '_' and '-'")
     if not isinstance(spec.options, type) or not is_dataclass(spec.options):
         raise PluginError(f"{spec.name}: options must be a dataclass type")
-    for text in ("summary", "formula", "source", "suffix"):
+    for text in ("summary", "formula", "source", "suffix", "tiny"):
         if not isinstance(getattr(spec, text, ""), str):
             raise PluginError(f"{spec.name}: {text} must be text, got {getattr(spec, text)!r}")
     describe_options(spec.options)  # raises where a type or a default cannot be evaluated
+    check_declared(spec.options, spec.name)
     if isinstance(spec.factory, str) and not re.match(r"[\w.]+:\w+\Z", spec.factory):
         raise PluginError(f"{spec.name}: factory must be 'package.module:Name', got {spec.factory!r}")
     if not isinstance(spec.factory, str) and not callable(spec.factory):
         raise PluginError(f"{spec.name}: factory is neither a dotted string nor a callable")
+    if isinstance(spec, SaverSpec) and not (
+        spec.reader is None or isinstance(spec.reader, str) or callable(spec.reader)
+    ):
+        raise PluginError(f"{spec.name}: reader is neither a dotted string nor a callable")
+    if isinstance(spec, BackendSpec):
+        _check_backend(spec)
     if isinstance(spec, LossSpec) and not callable(spec.needs):
-        if isinstance(spec.needs, str):
+        if isinstance(spec.needs, str) or not isinstance(spec.needs, Collection):
             raise PluginError(f"{spec.name}: needs must be a set of words, got {spec.needs!r}")
         for need in spec.needs:
             if need not in NEEDS:
                 raise PluginError(f"{spec.name}: unknown need {need!r}{nearest(need, NEEDS)}")
+
+
+def _check_backend(spec: BackendSpec) -> None:
+    for field, value in (("components", spec.components), ("encoders", spec.encoders), *_reached(spec)):
+        if not isinstance(value, tuple | list) or not all(isinstance(name, str) for name in value):
+            raise PluginError(f"{spec.name}: {field} must be a tuple of names, got {value!r}")
+
+
+def _reached(spec: BackendSpec) -> list[tuple[str, Any]]:
+    if not isinstance(spec.reaches, Mapping):
+        raise PluginError(f"{spec.name}: reaches must be a mapping of needs to components, got {spec.reaches!r}")
+    return [(f"reaches[{need!r}]", value) for need, value in spec.reaches.items()]
 
 
 def one_line(error: BaseException) -> str:

@@ -139,11 +139,12 @@ class Registry:
     def candidates(self, kind: str, name: str) -> list[Supplied]:
         """Every spec that goes by a name, or by `dist:name`."""
         distribution, _, bare = name.rpartition(":")
-        return [
-            one
-            for one in self.supplied[kind]
-            if one.spec.name == bare and (not distribution or _same_distribution(one.plugin.distribution, distribution))
-        ]
+        named = [one for one in self.supplied[kind] if one.spec.name == bare]
+        if not distribution:
+            return named
+        # A plugin file may differ from an installed distribution by a hyphen: its own spelling means it alone.
+        exact = [one for one in named if one.plugin.distribution == distribution]
+        return exact or [one for one in named if _same_distribution(one.plugin.distribution, distribution)]
 
     def resolve(self, kind: str, name: str) -> Supplied:
         """The spec a name means: a built-in always wins a bare name; `dist:name` picks a distribution's.
@@ -329,6 +330,8 @@ def _raise(error: Exception) -> None:
 def _add_file(registry: Registry, path: Path) -> None:
     if not os.path.isfile(path):
         raise PluginError(f"plugin file {str(path)!r} does not exist")
+    if _same_distribution(path.stem, BUILTIN):
+        raise PluginError(f"plugin file {str(path)!r}: {path.stem!r} is the name of what ships; give it another")
     if any(plugin.id == f"{path.stem}:file" for plugin in registry.plugins):
         raise PluginError(f"plugin file {str(path)!r}: another plugin file is named {path.stem!r} too")
     module_name = f"lora_forge_file_{path.stem}"

@@ -194,7 +194,16 @@ def _result(
     weights = trained.bank.weights(index)
     effect, reach, factor = trained.effects[index], trained.reach, trained.factors[index]
     dropped = reach.dropped(plan, index)
-    file = save_lora(plan, request, weights, effect, dropped, strength=factor, family=model.backend.family)
+    file = save_lora(
+        plan,
+        request,
+        weights,
+        effect,
+        dropped,
+        strength=factor,
+        family=model.backend.family,
+        device=model.device,
+    )
     steps = tuple(trained.log.values[index])
     after = trained.after[index]
     return RunResult(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_forge import __version__
-from lora_forge.config.like import RECORD_FORMAT, RECORD_KEY
 from lora_forge.contracts import LayerKey, LoraWeights, SaveReport, SaveRequest
 from lora_forge.errors import OutputError, RunFailed, blaming
 from lora_forge.files.names import file_stem
@@ -22,6 +21,9 @@ from lora_forge.plan import Plan, Request
 
 if TYPE_CHECKING:
     from lora_forge.effect import Effect
+
+RECORD_KEY = "lora_forge"
+RECORD_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def save_lora(
     *,
     strength: float,
     family: str,
+    device: str,
 ) -> SavedFile:
     """Have the saver write all layers but those dropped, and describe it; write nothing if no output was asked for.
 
@@ -80,7 +83,9 @@ def save_lora(
         for layer, pair in layers.items():
             if (component, layer) not in dropped:
                 kept.setdefault(component, {})[layer] = pair
-    metadata = {RECORD_KEY: json.dumps(_record(plan, request, effect, strength), sort_keys=True, ensure_ascii=False)}
+    metadata = {
+        RECORD_KEY: json.dumps(_record(plan, request, effect, strength, device), sort_keys=True, ensure_ascii=False)
+    }
     if plan.config.date:
         metadata["modelspec.date"] = plan.config.date
     names = tuple(f"{component}.{layer}" for component, layer in dropped)
@@ -136,12 +141,13 @@ def versions() -> dict[str, str]:
     return own | {name: version(name) for name in packages}
 
 
-def _record(plan: Plan, request: Request, effect: Effect, strength: float) -> dict[str, Any]:
+def _record(plan: Plan, request: Request, effect: Effect, strength: float, device: str) -> dict[str, Any]:
     return {
         "format": RECORD_FORMAT,
         "run": plan.record_of(request),
         "strength": strength,
         "effect": effect.as_dict(),
+        "device": device.partition(":")[0],
         "versions": versions(),
     }
 

@@ -116,7 +116,7 @@ class Required:
         ({"options": dict}, "record", ["dataclass"]),
         ({"factory": "no colon"}, "record", ["package.module:Name"]),
         ({"options": Impossible}, "bounds", ["'size'", "must be > 0, got 0"]),
-        ({"options": Table}, "options", ["refused", "table", "cannot read"]),
+        ({"options": Table}, "record", ["table", "cannot be read", "dict[str, int]"]),
         ({"options": Endless}, "options", ["refused", "limit", "finite"]),
         ({"options": Doubles}, "options", ["not the same", "size was 2.0, is 4.0"]),
         ({"options": ByIdentity}, "options", ["identity", "eq"]),

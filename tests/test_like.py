@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_forge.cli.main import main
+from lora_forge.config.model import shipped_folder
+from lora_forge.files.header import read_metadata
 
 Capture = pytest.CaptureFixture[str]
 TINY = ("run", "--prompt", "an owl", "--model", "tiny_sdxl", "--iterations", "2")
@@ -304,3 +306,32 @@ def test_what_a_missing_plugin_is_called_by_a_stranger_cannot_steer_the_terminal
     error = refused(capsys, "run", "--like", str(forge(owl, _set("run", "loss", 0, key, to=text))), "--dry-run")
     assert error.removesuffix("\n").isprintable(), error
     assert "is missing; it came from" in error
+
+
+def test_another_model_comes_with_its_own_base_model_and_the_device_is_that_of_the_earlier_run(
+    owl: Path, site: Site, capsys: Capture
+) -> None:
+    record = json.loads(read_metadata(owl)["lora_forge"])
+    assert (record["device"], record["run"]["base_model"]) == ("cpu", "tiny_sdxl")
+    config = json.loads((shipped_folder() / "tiny_sdxl_config.json").read_text(encoding="utf-8"))
+    (site.folder / "mine.json").write_text(json.dumps(config | {"base_model": "nowhere"}), encoding="utf-8")
+    assert main(["run", "--like", str(owl), "--model", "mine.json", "--dry-run"]) == 2
+    assert "base model 'nowhere' does not exist" in capsys.readouterr().err
+    assert main(["run", "--like", str(owl), "--device", "auto", "--dry-run"]) == 0
+    assert "device was cpu, now auto" in capsys.readouterr().err
+
+
+def test_an_option_that_is_a_path_has_to_be_given_again(site: Site, capsys: Capture) -> None:
+    source = MINE.replace("power: int = 2", "words: list[Path] = field(default_factory=list)")
+    source = source.replace("import dataclass\n", "import dataclass, field\nfrom pathlib import Path\n")
+    write_plugin(site.folder / "mine.py", source.replace("options.power", "2"))
+    words = site.folder / "secret" / "words.txt"
+    given = ["--plugin", "mine.py", "--loss", "quiet", "--loss-opt", f"words={words}"]
+    assert main([*TINY, *given, "-o", "a.safetensors"]) == 0
+    assert str(site.folder) not in json.dumps(read_metadata(Path("a.safetensors")))
+    capsys.readouterr()
+    assert main(["run", "--like", "a.safetensors", "--plugin", "mine.py", "-o", "b.safetensors"]) == 2
+    assert "quiet.words: ['words.txt'] is a path, of which a file keeps only the last part" in capsys.readouterr().err
+    again = ["run", "--like", "a.safetensors", *given, "-o", "b.safetensors"]
+    assert main(again) == 0
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()

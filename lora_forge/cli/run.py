@@ -11,9 +11,9 @@ import click
 
 from lora_forge.cli.answer import json_alone
 from lora_forge.cli.registry import open_registry
-from lora_forge.config.like import Earlier, check_plugins, differences, read_earlier
 from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, RunConfig, collect_run_config, read_toml
 from lora_forge.errors import ConfigError, PluginError, Problem
+from lora_forge.like import Earlier, check_earlier, differences, read_earlier
 from lora_forge.options import Text
 
 if TYPE_CHECKING:
@@ -107,14 +107,14 @@ def command(config: Path | None, like: Path | None, dry_run: bool, as_json: bool
 def _carry_out(
     earlier: Earlier | None, layers: list[Mapping[str, Any]], source: str, dry_run: bool, answer: Answer | None
 ) -> int:
-    run_config, mistakes = collect_run_config([*([earlier.layer] if earlier else []), *layers])
+    run_config, mistakes = collect_run_config([*([earlier.layer_below(layers)] if earlier else []), *layers])
     try:
         registry = open_registry(run_config.plugins, strict=run_config.strict_plugins)
     except PluginError as error:
         raise ConfigError(source if mistakes else "", [*mistakes, Problem("plugins", str(error))]) from error
 
     if earlier:
-        check_plugins(earlier, run_config, registry)
+        check_earlier(earlier, run_config, registry)
 
     from lora_forge.plan import make_plan
     from lora_forge.saving import default_output, versions
@@ -125,7 +125,7 @@ def _carry_out(
         output = default_output(run_config.prompt, plan.saver_spec.suffix)
         plan = dataclasses.replace(plan, config=dataclasses.replace(run_config, output=output))
     if earlier:
-        for difference in differences(earlier, plan.record(), versions()):
+        for difference in differences(earlier, plan.record(), plan.config, versions()):
             click.echo(f"lora-forge: not as {earlier.path.name}: {difference}", err=True)
     with Session(registry, {}) as session:
         return _dry_run(session, plan, answer) if dry_run else _run(session, registry, plan, answer)

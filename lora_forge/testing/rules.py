@@ -33,7 +33,7 @@ RULES: dict[str, dict[str, str]] = {
         "steps": "it can be asked again at the next step",
         "deterministic": "the same seed gives the same bits, whatever the global seed",
         "independent": "a prompt's value and gradient do not depend on the prompts beside it",
-        "reaches": "the gradient reaches what each of its `needs` brings in",
+        "reaches": "what a need alone brings in, a gradient reaches, in one component at least",
         "undeclared": "the gradient reaches no component beyond those its `needs` declare",
     }
     | _LAST,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_forge.events import RunInfo, RunStart, StepFinish
 
 if TYPE_CHECKING:
-    from lora_forge.result import RunResult
+    from lora_forge import RunResult
 
 Plain = str | int | float | bool
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from lora_forge.config.run import RunConfig
+from lora_forge.config.model import shipped_names
+from lora_forge.config.run import Choice, RunConfig
 from lora_forge.errors import ConfigError, LoraFileError, Problem
 from lora_forge.files.header import read_metadata
-from lora_forge.plugins import BUILTIN, Registry
+from lora_forge.plan import IN_MEMORY
+from lora_forge.plugins import BUILTIN, Registry, Supplied
+from lora_forge.saving import RECORD_FORMAT, RECORD_KEY
 
-RECORD_KEY = "lora_forge"
-RECORD_FORMAT = 1
 _SCALARS = ("prompt", "prompt_2", "model", "base_model", "rank", "alpha", "iterations", "l2", "seed", "dtype", "inert")
 _STRENGTHS = ("strength", "target_shift")
 _KINDS = ("initializer", "optimizer", "saver")
-IN_MEMORY = "in memory"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Earlier:
     run: Mapping[str, Any]
     versions: Mapping[str, str]
     layer: Mapping[str, Any]
+
+    def layer_below(self, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The layer for use below others: a model given there comes with a base model of its own."""
+        other = any(layer.get("model", self.run["model"]) != self.run["model"] for layer in layers)
+        return {key: value for key, value in self.layer.items() if not (other and key == "base_model")}
 
 
 def read_earlier(path: Path) -> Earlier:
@@ -48,27 +54,32 @@ def read_earlier(path: Path) -> Earlier:
         versions = dict(record["versions"])
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise LoraFileError(f"{path.name}: its record of the run is damaged ({type(error).__name__})") from error
-    if date := metadata.get("modelspec.date"):
-        layer["date"] = date
+    layer |= {"date": metadata.get("modelspec.date"), "device": record.get("device", "auto")}
     return Earlier(path, run, versions, layer)
 
 
-def check_plugins(earlier: Earlier, config: RunConfig, registry: Registry) -> None:
-    """Raises ConfigError naming every plugin that the earlier run used, this one would, and that is not here."""
+def check_earlier(earlier: Earlier, config: RunConfig, registry: Registry) -> None:
+    """Raises ConfigError naming all that this run would use of the earlier one and that is not here, or not whole."""
     recorded = {(kind, _name(one)): one for kind, one in _supplied(earlier.run)}
     chosen = [("loss", choice) for choice in config.loss] + [(kind, getattr(config, kind)) for kind in _KINDS]
+    if config.model == earlier.run["model"]:
+        chosen.append(("backend", Choice(_name(earlier.run["backend"]), config.backend_options)))
     problems = []
     for kind, choice in chosen:
         one = recorded.get((kind, choice.name))
-        if one is None or registry.candidates(kind, choice.name):
+        if one is None:
             continue
-        if str(one["version"]).startswith("sha256:"):
-            version = _one_line(one["version"])
-            hint = f"it came from the plugin file {one['module']!r} ({version}): give it again with --plugin"
+        if registry.candidates(kind, choice.name):
+            problems += _paths_to_give_again(one, choice, registry.resolve(kind, choice.name))
         else:
-            origin = _one_line(f"{one['distribution']} {one['version']}")
-            hint = f"it came from {origin}, which is not installed here"
-        problems.append(Problem(kind, f"{one['name']!r} is missing; {hint}{registry.suspects(choice.name)}"))
+            problems.append(Problem(kind, f"{one['name']!r} is missing; {_origin(one, registry)}"))
+    if (
+        config.model == earlier.run["model"]
+        and config.model not in shipped_names()
+        and not Path(config.model).is_file()
+    ):
+        hint = "came from a model config file, which has to be given again with --model"
+        problems.append(Problem("model", f"{config.model!r} {hint}"))
     if earlier.run.get("init_from") and config.init_from is None:
         start = _one_line(str(earlier.run["init_from"]))
         problems.append(Problem("init_from", f"it started from {start}: give it with --init-from"))
@@ -76,9 +87,46 @@ def check_plugins(earlier: Earlier, config: RunConfig, registry: Registry) -> No
         raise ConfigError(f"like {earlier.path.name}", problems)
 
 
-def differences(earlier: Earlier, run: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
+def _origin(one: Mapping[str, Any], registry: Registry) -> str:
+    """Where something that is missing came from, and what to do about it."""
+    origin = _one_line(f"{one['distribution']} {one['version']}")
+    if str(one["version"]).startswith("sha256:"):
+        version = _one_line(one["version"])
+        return f"it came from the plugin file {one['module']!r} ({version}): give it again with --plugin"
+    here = [plugin for plugin in registry.plugins if plugin.distribution == one["distribution"]]
+    if not here:
+        hidden = " or not named in LORA_FORGE_PLUGINS" if "LORA_FORGE_PLUGINS" in os.environ else ""
+        return f"it came from {origin}, which is not installed here{hidden}"
+    broken = registry.suspects(_name(one))
+    return f"it came from {origin}; here is {here[0].version}, which " + (
+        f"is broken{broken}" if broken else "lacks it"
+    )
+
+
+def _paths_to_give_again(one: Mapping[str, Any], choice: Choice, supplied: Supplied) -> list[Problem]:
+    """Options that are paths, and still as the file has them: of a path a file keeps the last part only."""
+    hints = get_type_hints(supplied.spec.options)
+    kept = [
+        name
+        for name, value in choice.options.items()
+        if value and value is one["options"].get(name) and _holds_path(hints.get(name))
+    ]
+    words = "is a path, of which a file keeps only the last part: give it again"
+    return [Problem(f"{one['name']}.{name}", f"{choice.options[name]!r} {words}") for name in kept]
+
+
+def _holds_path(hint: Any) -> bool:
+    return hint is Path or any(map(_holds_path, get_args(hint)))
+
+
+def differences(earlier: Earlier, run: Mapping[str, Any], config: RunConfig, versions: Mapping[str, str]) -> list[str]:
     """What differs between the earlier run and this one, one line each; empty if the file should come out the same."""
-    return [*_differences("", earlier.run, run), *_differences("", earlier.versions, versions)]
+    besides = {key: earlier.layer[key] for key in ("date", "device")}
+    return [
+        *_differences("", earlier.run, run),
+        *_differences("", besides, {"date": config.date, "device": config.device}),
+        *_differences("", earlier.versions, versions),
+    ]
 
 
 def _layer(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,13 +140,13 @@ def _layer(run: Mapping[str, Any]) -> dict[str, Any]:
     layer |= {kind: {"name": _name(run[kind]), "options": dict(run[kind]["options"])} for kind in _KINDS}
     layer["backend_options"] = {key: value for key, value in run["backend"]["options"].items() if value is not None}
     for _, one in _supplied(run):
-        one["version"], one["module"]  # what `check_plugins` reads: a record without them is damaged
+        one["version"], one["module"]  # what `check_earlier` reads: a record without them is damaged
     return layer
 
 
 def _supplied(run: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from (("loss", one) for one in run["loss"])
-    yield from ((kind, run[kind]) for kind in _KINDS)
+    yield from ((kind, run[kind]) for kind in (*_KINDS, "backend"))
 
 
 def _name(one: Mapping[str, Any]) -> str:
