@@ -95,7 +95,8 @@ def _table(rows: list[dict[str, str]]) -> Any:
     unusual = any(row["status"] != "ok" for row in rows)
     whole = min(28, max((len(row["name"]) for row in rows), default=0))
     name = Column("name", overflow="fold", min_width=whole)
-    table = Table(Column("kind", no_wrap=True), name, Column("summary", ratio=1), "from", box=SIMPLE_HEAD)
+    origin = Column("from", overflow="fold")
+    table = Table(Column("kind", no_wrap=True), name, Column("summary", ratio=1), origin, box=SIMPLE_HEAD)
     if unusual:
         table.add_column("status", ratio=1)
     for row in rows:
