@@ -25,6 +25,11 @@ class UsageError(LoraForgeError):
     exit_code = 2
 
 
+def printable(text: str) -> str:
+    """Text that may come from anybody's file: what would break a line, or steer a terminal, is escaped."""
+    return text if text.isprintable() else repr(text)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake in a configuration: the key it is about, and what is wrong with it."""
@@ -33,8 +38,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        key = self.key if self.key.isprintable() else repr(self.key)  # it may come from anybody's file
-        return f"{key}: {self.message}" if key else self.message
+        return f"{printable(self.key)}: {self.message}" if self.key else self.message
 
 
 class ConfigError(UsageError):

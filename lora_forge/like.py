@@ -11,14 +11,16 @@ from typing import Any, get_args, get_type_hints
 
 from lora_forge.config.model import shipped_names
 from lora_forge.config.run import Choice, RunConfig
-from lora_forge.errors import ConfigError, LoraFileError, Problem
+from lora_forge.errors import ConfigError, LoraFileError, Problem, printable
 from lora_forge.files.header import read_metadata
 from lora_forge.plan import IN_MEMORY
 from lora_forge.plugins import BUILTIN, Registry, Supplied
 from lora_forge.saving import RECORD_FORMAT, RECORD_KEY
 
-_SCALARS = ("prompt", "prompt_2", "model", "base_model", "rank", "alpha", "iterations", "l2", "seed", "dtype", "inert")
-_STRENGTHS = ("strength", "target_shift")
+_SCALARS = (
+    *("prompt", "prompt_2", "model", "base_model", "rank", "alpha", "iterations", "l2", "seed", "dtype", "inert"),
+    *("strength", "target_shift"),
+)
 _KINDS = ("initializer", "optimizer", "saver")
 
 
@@ -62,7 +64,8 @@ def check_earlier(earlier: Earlier, config: RunConfig, registry: Registry) -> No
     """Raises ConfigError naming all that this run would use of the earlier one and that is not here, or not whole."""
     recorded = {(kind, _name(one)): one for kind, one in _supplied(earlier.run)}
     chosen = [("loss", choice) for choice in config.loss] + [(kind, getattr(config, kind)) for kind in _KINDS]
-    if config.model == earlier.run["model"]:
+    same_model = config.model == earlier.run["model"]
+    if same_model:
         chosen.append(("backend", Choice(_name(earlier.run["backend"]), config.backend_options)))
     problems = []
     for kind, choice in chosen:
@@ -73,15 +76,11 @@ def check_earlier(earlier: Earlier, config: RunConfig, registry: Registry) -> No
             problems += _paths_to_give_again(one, choice, registry.resolve(kind, choice.name))
         else:
             problems.append(Problem(kind, f"{one['name']!r} is missing; {_origin(one, registry)}"))
-    if (
-        config.model == earlier.run["model"]
-        and config.model not in shipped_names()
-        and not Path(config.model).is_file()
-    ):
+    if same_model and config.model not in shipped_names() and not Path(config.model).is_file():
         hint = "came from a model config file, which has to be given again with --model"
         problems.append(Problem("model", f"{config.model!r} {hint}"))
     if earlier.run.get("init_from") and config.init_from is None:
-        start = _one_line(str(earlier.run["init_from"]))
+        start = printable(str(earlier.run["init_from"]))
         problems.append(Problem("init_from", f"it started from {start}: give it with --init-from"))
     if problems:
         raise ConfigError(f"like {earlier.path.name}", problems)
@@ -89,9 +88,9 @@ def check_earlier(earlier: Earlier, config: RunConfig, registry: Registry) -> No
 
 def _origin(one: Mapping[str, Any], registry: Registry) -> str:
     """Where something that is missing came from, and what to do about it."""
-    origin = _one_line(f"{one['distribution']} {one['version']}")
+    origin = printable(f"{one['distribution']} {one['version']}")
     if str(one["version"]).startswith("sha256:"):
-        version = _one_line(one["version"])
+        version = printable(one["version"])
         return f"it came from the plugin file {one['module']!r} ({version}): give it again with --plugin"
     here = [plugin for plugin in registry.plugins if plugin.distribution == one["distribution"]]
     if not here:
@@ -131,7 +130,6 @@ def differences(earlier: Earlier, run: Mapping[str, Any], config: RunConfig, ver
 
 def _layer(run: Mapping[str, Any]) -> dict[str, Any]:
     layer = {key: run[key] for key in _SCALARS if run[key] is not None}
-    layer |= {key: run[key] for key in _STRENGTHS if run[key] is not None}
     if layer.get("base_model") == IN_MEMORY:
         del layer["base_model"]
     layer["loss"] = [
@@ -162,14 +160,9 @@ def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
         for index, (one, other) in enumerate(zip(before, now, strict=True)):
             yield from _differences(f"{where}[{index}]" if len(before) > 1 else where, one, other)
     elif before != now:
-        yield f"{_one_line(where)} was {_short(before)}, now {_short(now)}"
-
-
-def _one_line(text: str) -> str:
-    """Text of a file that may be anybody's: what would break the line, or steer a terminal, is escaped."""
-    return text if text.isprintable() else repr(text)
+        yield f"{printable(where)} was {_short(before)}, now {_short(now)}"
 
 
 def _short(value: Any) -> str:
-    text = "absent" if value is None else _one_line(str(value))
+    text = "absent" if value is None else printable(str(value))
     return text if len(text) <= 80 else f"{text[:77]}…"

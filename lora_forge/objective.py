@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,3 +53,11 @@ class Objective:
                 term=term.label,
             )
         return value.to(self._device, torch.float32)
+
+
+def backward(total: torch.Tensor) -> None:
+    """Gradient of the prompts' sum, `total` `(prompts,)`, into the bank."""
+    with warnings.catch_warnings():
+        # One prompt's row of the bank is contiguous, a column of several is not; torch remarks on that once.
+        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
+        total.sum().backward()  # type: ignore[no-untyped-call]

@@ -128,9 +128,9 @@ class Registry:
         failures = []
         known = {"event": event}
         for implementation in getattr(self._manager.hook, hook_name).get_hookimpls():
-            # An observer is given what it asks for by name, so that a hook can gain arguments.
-            given = [known[name] for name in implementation.argnames]
             try:
+                # An observer is given what it asks for by name, so that a hook can gain arguments.
+                given = [known[name] for name in implementation.argnames]
                 _traced(f"{hook_name} of {implementation.plugin_name}", implementation.function, *given)
             except (Exception, SystemExit) as error:
                 failures.append(f"{implementation.plugin_name} failed in {hook_name}: {one_line(error)}")

@@ -5,7 +5,6 @@ All prompts of a call train side by side in one bank; a single run is a bank of 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,9 +18,10 @@ from lora_forge.errors import ObjectiveError, blaming
 from lora_forge.events import RunFailure, RunFinish, RunInfo, RunStart
 from lora_forge.initial import initial_weights
 from lora_forge.model import LoadedModel
-from lora_forge.objective import Objective, Term
+from lora_forge.objective import Objective, Term, backward
+from lora_forge.optimizers import end_training, start_optimizers
 from lora_forge.plan import Plan, Request, short_digest
-from lora_forge.plugins import Registry, accepts
+from lora_forge.plugins import Registry
 from lora_forge.reach import Reach
 from lora_forge.result import RunResult, Values
 from lora_forge.saving import save_lora
@@ -90,7 +90,10 @@ def _forge(
         for own, cut in zip(notes, _cut_texts(view), strict=True):
             own += cut
         objective = Objective([Term(t.label, t.weight, t.needs, t.chosen.build()) for t in plan.terms], view)
-        optimizers = _optimizers(plan, bank)
+        make = plan.optimizer.build()
+        with blaming(f"optimizer {plan.optimizer.name!r}"):
+            elementwise = plan.optimizer_spec.elementwise
+            optimizers = start_optimizers(make, bank, elementwise=elementwise, iterations=plan.iterations)
         plan.saver.build()  # a saver that cannot be built is better known now than after the last step
         log = StepLog(runs, registry, notes)
     model.slot.bank = bank
@@ -108,7 +111,8 @@ def _forge(
                     optimizer.step()
             log.record(step, total.detach() + l2, values, l2, norms)
         log.deliver()
-        _end_training(plan, optimizers)
+        with blaming(f"optimizer {plan.optimizer.name!r}"):
+            end_training(optimizers)
         if plan.iterations == 0:
             _gradient(objective, bank, view)
             reach.check(plan)
@@ -130,10 +134,8 @@ def _gradient(objective: Objective, bank: Bank, view: ModelView) -> tuple[dict[s
     total = objective.total(values)
     if not total.requires_grad:
         raise ObjectiveError(f"the objective ({', '.join(values)}) depends on no trainable layer")
-    with warnings.catch_warnings(), blaming("the objective's gradient"):
-        # One prompt's row of the bank is contiguous, a column of several is not; torch remarks on that once.
-        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
-        total.sum().backward()  # type: ignore[no-untyped-call]
+    with blaming("the objective's gradient"):
+        backward(total)
     return values, total
 
 
@@ -144,23 +146,6 @@ def _evaluate(plan: Plan, objective: Objective, bank: Bank, view: ModelView, log
         values = objective.values()
         l2 = bank.l2(plan.l2)
         return log.read(plan.iterations, objective.total(values) + l2, values, l2)
-
-
-def _optimizers(plan: Plan, bank: Bank) -> list[torch.optim.Optimizer]:
-    make = plan.optimizer.build()
-    planned = {"iterations": plan.iterations} if accepts(make, "iterations") else {}
-    with blaming(f"optimizer {plan.optimizer.name!r}"):
-        if plan.optimizer_spec.elementwise:
-            return [make([bank.parameter], **planned)]
-        return [make(bank.rows(prompt), **planned) for prompt in range(bank.prompts)]
-
-
-def _end_training(plan: Plan, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Schedule-free optimizers train at other weights than those they give: `eval()` puts these in place."""
-    with blaming(f"optimizer {plan.optimizer.name!r}"):
-        for optimizer in optimizers:
-            if callable(end := getattr(optimizer, "eval", None)):
-                end()
 
 
 def _texts(plan: Plan, requests: Sequence[Request]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lora_forge.options import plain
+from lora_forge.options import describe_options
 
 _PLAIN: Mapping[Any, dict[str, Any]] = {
     bool: {"type": "boolean"},
@@ -25,17 +25,15 @@ def options_schema(options_type: type) -> dict[str, Any]:
     """The schema of an options dataclass: an object that forbids unknown keys."""
     hints = get_type_hints(options_type)
     properties, required = {}, []
-    for field in dataclasses.fields(options_type):
+    for info, field in zip(describe_options(options_type), dataclasses.fields(options_type), strict=True):
         schema = _bounded(_schema(hints[field.name]), field.metadata)
-        if "help" in field.metadata:
-            schema["description"] = field.metadata["help"]
-        if field.default is not dataclasses.MISSING:
-            schema["default"] = plain(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            schema["default"] = plain(field.default_factory())
+        if info.help:
+            schema["description"] = info.help
+        if info.required:
+            required.append(info.name)
         else:
-            required.append(field.name)
-        properties[field.name] = schema
+            schema["default"] = info.default
+        properties[info.name] = schema
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from distributions import LOSS, Site, pretend_site, write_plugin
+from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -91,16 +92,6 @@ def forge(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     change(record)
     save_file(load_file(path), path, metadata={**metadata, "lora_forge": json.dumps(record)})
     return path
-
-
-def refused(capsys: Capture, *arguments: str | Path) -> str:
-    """The error a command is refused with; nothing is printed beside it."""
-    capsys.readouterr()
-    assert main([*map(str, arguments)]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("lora-forge: error: ")
-    return printed.err.removeprefix("lora-forge: error: ")
 
 
 def notes(capsys: Capture) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from safetensors import safe_open
 
 from lora_forge.cli.main import main
@@ -38,16 +39,6 @@ def write_header(path: Path, metadata: Any) -> Path:
     header = json.dumps({"__metadata__": metadata}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     return path
-
-
-def refused(capsys: Capture, *arguments: str | Path) -> str:
-    """The error a command is refused with; nothing is printed beside it."""
-    capsys.readouterr()
-    assert main([*map(str, arguments)]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("lora-forge: error: ")
-    return printed.err.removeprefix("lora-forge: error: ")
 
 
 @pytest.mark.parametrize(

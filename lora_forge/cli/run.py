@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import click
 
 from lora_forge.cli.answer import json_alone
+from lora_forge.cli.pairs import read_pair
 from lora_forge.cli.registry import open_registry
 from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, RunConfig, collect_run_config, read_toml
 from lora_forge.errors import ConfigError, PluginError, Problem
@@ -172,7 +173,7 @@ def _structured(given: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         if key.endswith("_opt"):
             kind = key.removesuffix("_opt")
-            pairs = dict(_pair(text, f"--{kind}-opt") for text in value)
+            pairs = dict(read_pair(text, f"--{kind}-opt") for text in value)
             options["backend_options" if kind == "backend" else kind] = (
                 pairs if kind == "backend" else {"options": pairs}
             )
@@ -181,10 +182,3 @@ def _structured(given: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             names[key] = value if isinstance(value, bool) else Text(value)
     return [names, options]
-
-
-def _pair(text: str, option: str) -> tuple[str, Text]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise click.UsageError(f"{option} takes KEY=VALUE, got {text!r}")
-    return key.strip(), Text(value)

@@ -6,11 +6,12 @@ import math
 
 import torch
 
+from lora_forge.objective import backward
 from lora_forge.reach import Reach
 from lora_forge.testing.backend_model import Model, Outputs, check_same, compare_rows
 from lora_forge.testing.compare import OTHER_MATES, TOGETHER, listed, relative, same_bits
 from lora_forge.testing.examination import Book, Broken
-from lora_forge.testing.stage import adapt, backward
+from lora_forge.testing.stage import adapt
 
 _FILE = "out/my lora.safetensors"
 

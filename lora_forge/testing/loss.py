@@ -11,6 +11,7 @@ import torch
 
 from lora_forge.batch import Batch
 from lora_forge.errors import UndeclaredNeed
+from lora_forge.objective import backward
 from lora_forge.options import options_as_dict
 from lora_forge.reach import Reach
 from lora_forge.records import NEEDS, LossSpec
@@ -27,7 +28,7 @@ from lora_forge.testing.compare import (
     shape_of,
 )
 from lora_forge.testing.examination import Book, Broken, Halt, global_seed
-from lora_forge.testing.stage import TINY, Stage, WatchedView, backward, personal_bank, tiny_sdxl
+from lora_forge.testing.stage import TINY, Stage, WatchedView, personal_bank, tiny_sdxl
 
 
 @dataclass(frozen=True)

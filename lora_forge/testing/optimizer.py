@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_forge.bank import Bank
 from lora_forge.contracts import TargetLayer
-from lora_forge.plugins import accepts
+from lora_forge.optimizers import end_training, make_optimizer, start_optimizers
 from lora_forge.records import OptimizerSpec
 from lora_forge.seeds import generator_for
 from lora_forge.testing.compare import FIRST_SEED, SECOND_SEED, TOGETHER, not_finite, relative, same_bits
@@ -68,13 +68,10 @@ class _Exam:
 
     def start(self, bank: Bank) -> list[torch.optim.Optimizer]:
         """As a run does: one optimizer over the whole bank, or one per prompt over its matrices."""
-        if self.spec.elementwise:
-            return [self.optimizer([bank.parameter])]
-        return [self.optimizer(bank.rows(prompt)) for prompt in range(bank.prompts)]
+        return start_optimizers(self.optimizer, bank, elementwise=self.spec.elementwise, iterations=_STEPS)
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        make = self.make()
-        made = make(parameters, **({"iterations": _STEPS} if accepts(make, "iterations") else {}))
+        made = make_optimizer(self.make(), parameters, _STEPS)
         if not isinstance(made, torch.optim.Optimizer):
             raise Broken(
                 f"its factory gives a {type(made).__name__}; return a torch.optim.Optimizer over the parameters"
@@ -91,7 +88,7 @@ class _Exam:
                 bank.gradient.copy_(self.gradients(people, step) * size)
                 for optimizer in optimizers:
                     optimizer.step()
-            _finish(optimizers)
+            end_training(optimizers)
         return bank
 
     def gradients(self, people: Sequence[int], step: int) -> torch.Tensor:
@@ -115,7 +112,7 @@ class _Exam:
             bank.zero_gradient()
             bank.gradient.copy_(self.gradients([0], step))
             optimizer.step()
-        _finish([optimizer])
+        end_training([optimizer])
         if places != [parameter.data_ptr() for parameter in parameters]:
             raise Broken(
                 "it puts another tensor in a parameter's place (parameter.data = …), so that the model never sees the "
@@ -173,20 +170,13 @@ class _Exam:
                 apart.zero_gradient()
                 apart.gradient.copy_(self.gradients([0], step))
                 optimizer.step()
-            _finish([optimizer])
+            end_training([optimizer])
         if not same_bits(flat.parameter, apart.parameter):
             share = relative(flat.parameter, apart.parameter)
             raise Broken(
                 f"after {_STEPS} steps one flat tensor is elsewhere than the same numbers as separate matrices, by "
                 f"{share:.2g} of them; {_NOT_ELEMENTWISE}"
             )
-
-
-def _finish(optimizers: Sequence[Any]) -> None:
-    """As a run does: schedule-free optimizers put the weights that they give in place."""
-    for optimizer in optimizers:
-        if callable(end := getattr(optimizer, "eval", None)):
-            end()
 
 
 def _check_moved(before: Bank, after: Bank) -> None:

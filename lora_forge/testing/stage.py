@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -101,14 +100,6 @@ def tiny_sdxl() -> Stage:
     slot = BankSlot()
     adapt(backend, layers, slot)
     return Stage(spec, backend, layers, slot)
-
-
-def backward(total: torch.Tensor) -> None:
-    """Gradients of the sum of `total` into the bank."""
-    with warnings.catch_warnings():
-        # One prompt's row of the bank is contiguous, a column of several is not; torch remarks on that once.
-        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
-        total.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def sdxl_spec() -> BackendSpec:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_forge.cli.answer import json_alone
+from lora_forge.cli.pairs import read_pair
 from lora_forge.cli.plugins.options import json_option, kind_option, plugin_files, strict_option
 from lora_forge.cli.registry import open_registry
-from lora_forge.options import Text
 
 if TYPE_CHECKING:
     from lora_forge.testing import Examination
@@ -30,7 +30,7 @@ def command(
 
     The exit code is 1 if anything is.
     """
-    options = dict(_pair(text) for text in given)
+    options = dict(read_pair(text, "--opt") for text in given)
     with json_alone(as_json) as answer:
         registry = open_registry(files, strict=strict)
 
@@ -44,13 +44,6 @@ def command(
         for one in examinations:
             _print_examination(one)
     return 1 if any(one.findings for one in examinations) else 0
-
-
-def _pair(text: str) -> tuple[str, Text]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise click.UsageError(f"--opt takes KEY=VALUE, got {text!r}")
-    return key.strip(), Text(value)
 
 
 def _record(one: Examination) -> dict[str, Any]:

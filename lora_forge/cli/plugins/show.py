@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,7 @@ def _record(one: Supplied) -> dict[str, Any]:
         record["suffix"] = spec.suffix
     if isinstance(spec, BackendSpec):
         record |= {"components": list(spec.components), "reaches": {k: list(v) for k, v in spec.reaches.items()}}
-    record["options"] = [
-        {
-            "name": o.name,
-            "type": o.type,
-            "default": o.default,
-            "required": o.required,
-            "bounds": o.bounds,
-            "help": o.help,
-        }
-        for o in describe_options(spec.options)
-    ]
+    record["options"] = [dataclasses.asdict(option) for option in describe_options(spec.options)]
     record["schema"] = options_schema(spec.options)
     return record
 
