@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import lora_forge
 from lora_forge import RunResult
-from lora_forge.builtin.sdxl.tiny import TINY, tiny_sdxl_folder
+from lora_forge.builtin.sdxl.family import SDXL
+from lora_forge.clip_unet.tiny import tiny_folder
 from lora_forge.config.model import read_model_config
 
 Picture = Image.Image
@@ -61,8 +62,8 @@ def forge(given: argparse.Namespace) -> RunResult:
 
 
 def open_pipeline(given: argparse.Namespace) -> Any:
-    source = given.base_model or read_model_config(given.model).base_model or TINY
-    source = str(tiny_sdxl_folder()) if source == TINY else source
+    source = given.base_model or read_model_config(given.model).base_model or SDXL.tiny.name
+    source = str(tiny_folder(SDXL)) if source == SDXL.tiny.name else source
     kind = diffusers.StableDiffusionXLPipeline
     load = kind.from_single_file if source.endswith(".safetensors") else kind.from_pretrained
     pipe = load(source, dtype=torch.float32 if given.device == "cpu" else torch.float16).to(given.device)

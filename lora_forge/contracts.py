@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from lora_forge.bank import BankSlot
     from lora_forge.batch import Batch
+    from lora_forge.records import FileLayout
 
 # dict[component, dict[layer, {"lora_A": (prompts, rank, in), "lora_B": (prompts, out, rank)}]];
 # a saver gets one prompt's, without the first dimension.
@@ -82,6 +83,7 @@ class SaveRequest:
     rank, alpha: ΔW of a layer is `alpha / rank · B @ A`.
     family: the model family the backend names, such as `sdxl`.
     metadata: strings to store; `lora_forge` holds the run's own record as JSON.
+    layout: what user interfaces call the family's layers; None for a family they do not know.
     """
 
     path: Path
@@ -91,6 +93,7 @@ class SaveRequest:
     family: str
     prompt: str
     metadata: Mapping[str, str]
+    layout: FileLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,8 @@ class EncoderOutput:
 
     last_hidden_state: `(prompts, length, width)`, after the final LayerNorm.
     penultimate_hidden_state: `(prompts, length, width)`, the input of the last block.
-    pooled: `(prompts, projection)`, the projected state of the end-of-text token (unprojected where
-        the encoder has no projection).
+    pooled: `(prompts, projection)`, one vector for the whole text: for CLIP the projected state of the
+        end-of-text token (unprojected where the encoder has no projection).
     """
 
     last_hidden_state: torch.Tensor
@@ -198,6 +201,10 @@ class Backend(ABC):
     @abstractmethod
     def usage(self, path: str, prompt: str) -> str:
         """The lines of Python that use a saved LoRA with this base model."""
+
+    def token_texts(self, encoder: str, tokens: Tokens) -> list[list[str]]:
+        """Each token as text that people can read, row by row; here, its number."""
+        return [[str(token) for token in row] for row in tokens.input_ids.tolist()]
 
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape of one latent, `(channels, height, width)`."""

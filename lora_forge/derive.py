@@ -12,17 +12,20 @@ from lora_forge.contracts import BackendRequest
 from lora_forge.errors import ConfigError, ModelError, blaming, nearest
 from lora_forge.options import parse_options
 from lora_forge.plugins import Registry, build
+from lora_forge.recognition import recognized_backend
 
 
 def derive_model_config(
-    base_model: str, targets: Sequence[str], registry: Registry, *, backend: str, rank: int, alpha: float
+    base_model: str, targets: Sequence[str], registry: Registry, *, backend: str | None, rank: int, alpha: float
 ) -> dict[str, Any]:
     """A model config as JSON-ready data: every layer that one of `targets` names, with its dimensions.
 
     targets: a group the backend knows (`attention`, `attention+mlp`, `all`), or a pattern with `*` and `?`
-    over canonical paths, with or without the component before it. Raises ModelError when one matches nothing,
+    over canonical paths, with or without the component before it. backend: None for the one that recognizes
+    the base model. Raises ModelError when one matches nothing,
     ConfigError when rank or alpha do not fit.
     """
+    backend = backend or recognized_backend(base_model, registry)
     supplied = registry.resolve("backend", backend)
     options, mistakes = parse_options(supplied.spec.options, {}, key=backend)
     if mistakes:

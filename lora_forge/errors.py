@@ -30,6 +30,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def quoted(name: str, most: int = 300) -> str:
+    """A name from anybody's file, in quotes, safe to print and cut where it is longer than any real one."""
+    return repr(name if len(name) <= most else f"{name[:most]}…")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake in a configuration: the key it is about, and what is wrong with it."""

@@ -116,6 +116,7 @@ def lora_forge_backends() -> Iterable[BackendSpec]:
             components=("text_encoder",),
             encoders=("text_encoder",),
             reaches={"text": ("text_encoder",)},
+            conditioning=("text_encoder last",),
         )
     ```
     """

@@ -23,9 +23,8 @@ def initial_weights(plan: Plan, model: LoadedModel, requests: Sequence[Request])
     initializer = plan.initializer.build()
     earlier: LoraWeights = {}
     if plan.config.init_from:
-        earlier = read_lora(
-            plan.config.init_from, model.layers, family=model.backend.family, rank=plan.rank, alpha=plan.alpha
-        )
+        layout = plan.backend_spec.layout
+        earlier = read_lora(plan.config.init_from, model.layers, layout=layout, rank=plan.rank, alpha=plan.alpha)
     result: LoraWeights = {}
     for layer in model.layers:
         known = earlier.get(layer.component, {}).get(layer.name)

@@ -17,6 +17,7 @@ from lora_forge.contracts import BackendRequest
 from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, PluginError, Problem, blaming
 from lora_forge.options import parse_options, plain
 from lora_forge.plugins import Registry, Supplied, build
+from lora_forge.recognition import recognized_backend
 from lora_forge.records import NEEDS, BackendSpec, LossSpec, OptimizerSpec, SaverSpec
 
 IN_MEMORY = "in memory"  # the base model of a run on a pipeline
@@ -148,7 +149,8 @@ def make_plan(
     mistakes: Sequence[Problem] = (),
     source: str = "",
 ) -> Plan:
-    """Resolve a run config. Imports nothing heavy unless the model config has mistakes, and reads no weights.
+    """Resolve a run config. Reads no weights, and imports nothing heavy unless the model config has mistakes or names
+    no backend.
 
     in_memory: the model is a pipeline already loaded, so that no base model need be named.
     mistakes: those already found in the run config, to be reported together with what is found here.
@@ -157,15 +159,15 @@ def make_plan(
     problems: list[Problem] = [*mistakes]
     problems += _without_consequences(_text_problems(config), mistakes)
     model, whole = _read_model(config, problems)
-    backend = _choose(registry, "backend", Choice(model.backend, config.backend_options), problems) if model else None
+    base_model = config.base_model or (model.base_model if model else None)
+    backend = _backend(registry, config, model, IN_MEMORY if in_memory else base_model, problems)
     initializer = _choose(registry, "initializer", config.initializer, problems)
     optimizer = _choose(registry, "optimizer", _with_learning_rate(registry, config.optimizer, model), problems)
     saver = _choose(registry, "saver", config.saver, problems)
     terms = _terms(registry, config, problems)
-    base_model = config.base_model or (model.base_model if model else None)
     if model and not base_model and not in_memory:
         problems.append(Problem("base_model", f"model config {model.name!r} names none; give one"))
-    if config.init_from and not os.path.isfile(config.init_from):
+    if config.init_from and not os.path.exists(config.init_from):
         problems.append(Problem("init_from", f"{str(config.init_from)!r} does not exist"))
     if backend and model and not whole:
         problems += _without_consequences(_against_architecture(model, backend, base_model, config), problems)
@@ -267,6 +269,27 @@ def _components(
     return tuple(component for component in backend.components if component in load), encoders
 
 
+def _backend(
+    registry: Registry, config: RunConfig, model: ModelConfig | None, base_model: str | None, problems: list[Problem]
+) -> Chosen | None:
+    """The backend that the model config names, or the one that recognizes the base model."""
+    if model is None:
+        return None
+    name = model.backend
+    if name is None:
+        if not base_model:  # a mistake of its own, told where base models are read
+            return None
+        if base_model == IN_MEMORY:
+            problems.append(Problem("backend", f"model config {model.name!r} names none; give one"))
+            return None
+        try:
+            name = recognized_backend(base_model, registry)
+        except LoraForgeError as error:
+            problems.append(Problem("backend", str(error)))
+            return None
+    return _choose(registry, "backend", Choice(name, config.backend_options), problems)
+
+
 def _terms(registry: Registry, config: RunConfig, problems: list[Problem]) -> tuple[ChosenTerm, ...]:
     terms: list[ChosenTerm] = []
     for choice in config.loss:
@@ -326,7 +349,17 @@ def _first(*candidates: Any) -> Any:
 
 
 def _named_file(path: Path | None) -> str | None:
-    return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" if path else None
+    """A file's name and digest; of a folder of PEFT's, the digest of what its adapters say and hold."""
+    if path is None:
+        return None
+    inner = (one for pattern in ("adapter_*", "*/adapter_*") for one in path.glob(pattern) if one.is_file())
+    adapters = sorted(inner) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for one in adapters:
+        if path.is_dir():
+            digest.update(f"{one.relative_to(path).as_posix()}\0{one.stat().st_size}\0".encode())
+        digest.update(one.read_bytes())
+    return f"{path.name} sha256:{digest.hexdigest()}"
 
 
 def _portable_options(options: Any) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from lora_forge import __version__
 from lora_forge.errors import PluginError, nearest
 from lora_forge.hookspecs import EXTENSION_POINTS, LIFECYCLE_EVENTS, PROJECT, SPOKEN_APIS
 from lora_forge.options import check_declared, describe_options
-from lora_forge.records import NEEDS, BackendSpec, LossSpec, SaverSpec, Spec
+from lora_forge.records import NEEDS, BackendSpec, FileLayout, LossSpec, Spec
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*\Z")
+_REFERENCE = re.compile(r"[\w.]+:\w+\Z")
 _API = "__lora_forge_api__"
 _UNSAID = 1  # a module that does not say which API it is for was written for the first
 
@@ -81,14 +82,10 @@ def check_spec(spec: Any, spec_type: type[Spec], hook_name: str) -> None:
             raise PluginError(f"{spec.name}: {text} must be text, got {getattr(spec, text)!r}")
     describe_options(spec.options)  # raises where a type or a default cannot be evaluated
     check_declared(spec.options, spec.name)
-    if isinstance(spec.factory, str) and not re.match(r"[\w.]+:\w+\Z", spec.factory):
-        raise PluginError(f"{spec.name}: factory must be 'package.module:Name', got {spec.factory!r}")
-    if not isinstance(spec.factory, str) and not callable(spec.factory):
-        raise PluginError(f"{spec.name}: factory is neither a dotted string nor a callable")
-    if isinstance(spec, SaverSpec) and not (
-        spec.reader is None or isinstance(spec.reader, str) or callable(spec.reader)
-    ):
-        raise PluginError(f"{spec.name}: reader is neither a dotted string nor a callable")
+    _check_reference(spec, "factory")
+    for field in ("reader", "recognizes"):
+        if getattr(spec, field, None) is not None:
+            _check_reference(spec, field)
     if isinstance(spec, BackendSpec):
         _check_backend(spec)
     if isinstance(spec, LossSpec) and not callable(spec.needs):
@@ -99,16 +96,37 @@ def check_spec(spec: Any, spec_type: type[Spec], hook_name: str) -> None:
                 raise PluginError(f"{spec.name}: unknown need {need!r}{nearest(need, NEEDS)}")
 
 
+def _check_reference(spec: Spec, field: str) -> None:
+    value = getattr(spec, field)
+    if isinstance(value, str) and not _REFERENCE.match(value):
+        raise PluginError(f"{spec.name}: {field} must be 'package.module:Name', got {value!r}")
+    if not isinstance(value, str) and not callable(value):
+        raise PluginError(f"{spec.name}: {field} is neither a dotted string nor a callable, but {value!r}")
+
+
 def _check_backend(spec: BackendSpec) -> None:
-    for field, value in (("components", spec.components), ("encoders", spec.encoders), *_reached(spec)):
-        if not isinstance(value, tuple | list) or not all(isinstance(name, str) for name in value):
-            raise PluginError(f"{spec.name}: {field} must be a tuple of names, got {value!r}")
-
-
-def _reached(spec: BackendSpec) -> list[tuple[str, Any]]:
+    for field in ("components", "encoders", "conditioning"):
+        _check_names(spec.name, field, getattr(spec, field))
     if not isinstance(spec.reaches, Mapping):
         raise PluginError(f"{spec.name}: reaches must be a mapping of needs to components, got {spec.reaches!r}")
-    return [(f"reaches[{need!r}]", value) for need, value in spec.reaches.items()]
+    for need, value in spec.reaches.items():
+        _check_names(spec.name, f"reaches[{need!r}]", value)
+    if spec.layout is not None:
+        _check_layout(spec.name, spec.layout)
+
+
+def _check_names(name: str, field: str, value: Any) -> None:
+    if not isinstance(value, tuple | list) or not all(isinstance(one, str) for one in value):
+        raise PluginError(f"{name}: {field} must be a tuple of names, got {value!r}")
+
+
+def _check_layout(name: str, layout: Any) -> None:
+    if not isinstance(layout, FileLayout):
+        raise PluginError(f"{name}: layout must be a FileLayout, got {layout!r}")
+    _check_names(name, "layout.ldm_names", layout.ldm_names)
+    for field, texts in (("prefixes", layout.prefixes), ("metadata", layout.metadata)):
+        if not isinstance(texts, Mapping) or not all(isinstance(text, str) for pair in texts.items() for text in pair):
+            raise PluginError(f"{name}: layout.{field} must be a mapping of text to text, got {texts!r}")
 
 
 def one_line(error: BaseException) -> str:

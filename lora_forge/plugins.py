@@ -247,11 +247,8 @@ def build(supplied: Supplied, options: Any) -> Callable[..., Any]:
     Raises PluginError when the factory cannot be imported or constructed.
     """
     spec = supplied.spec
-    factory: Any = spec.factory
     try:
-        if isinstance(factory, str):
-            module_name, _, attribute = factory.partition(":")
-            factory = getattr(importlib.import_module(module_name), attribute)
+        factory: Any = attribute_named(spec.factory)
         if inspect.isclass(factory):
             constructor: Callable[..., Any] = factory
             made: Callable[..., Any] = constructor(*([options] if inspect.signature(constructor).parameters else []))
@@ -262,6 +259,14 @@ def build(supplied: Supplied, options: Any) -> Callable[..., Any]:
         return function
     except (Exception, SystemExit) as error:
         raise PluginError(f"{spec.kind} {supplied.qualified_name!r} cannot be built: {one_line(error)}") from error
+
+
+def attribute_named(reference: str | Callable[..., Any]) -> Any:
+    """What `"package.module:attribute"` names, imported; a callable is itself."""
+    if not isinstance(reference, str):
+        return reference
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _traced(what: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -96,12 +96,30 @@ class SaverSpec(Spec):
     reader: reads a file back, for `lora_forge.testing.check_saver`: called with its path, gives ΔW of each
         layer, `{component: {layer: (out, in)}}`. A callable or `"package.module:attribute"`; not needed for
         safetensors files with the layer names lora-forge itself writes.
+    needs_layout: it names layers by the family's `BackendSpec.layout`, so that it cannot write a family without
+        one; a run that asks for that ends before its first step.
     """
 
     kind: ClassVar[str] = "saver"
 
     suffix: str = ".safetensors"
     reader: str | Callable[[Path], Mapping[str, Mapping[str, Any]]] | None = None
+    needs_layout: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileLayout:
+    """The LoRA file that user interfaces load whole for a model family: names of its layers, and its metadata.
+
+    prefixes: for each component, what names of its layers start with, such as `lora_te1`.
+    ldm_names: the components whose layers go by their names in the original checkpoints (CompVis
+        latent-diffusion's blocks) instead of diffusers'.
+    metadata: what user interfaces file such a LoRA by, such as `ss_base_model_version`.
+    """
+
+    prefixes: Mapping[str, str]
+    ldm_names: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +129,11 @@ class BackendSpec(Spec):
     components: all that can carry LoRA. encoders: the text encoders among them, in order.
     reaches: for each need this backend can serve, the components an objective with that need can
         send a gradient to. A need that is not a key cannot be served.
+    conditioning: the names of what `Backend.conditioning` gives when all encoders are in use.
+    layout: how the saver `safetensors` writes the family's files; without one, it has no names for the layers.
+    recognizes: a callable of a source, or `"package.module:attribute"`, that tells whether it is a model of
+        this family, without reading weights; it may raise ModelError to say why not. Used where nobody named a
+        backend; without one, the backend has to be named.
     tiny: a source of a small model that the backend makes on the spot, without a download; what
         `lora_forge.testing.check_backend` opens.
     """
@@ -120,4 +143,7 @@ class BackendSpec(Spec):
     components: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ()
     reaches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    conditioning: tuple[str, ...] = ()
+    layout: FileLayout | None = None
+    recognizes: str | Callable[[str], bool] | None = None
     tiny: str = ""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_forge import __version__
 from lora_forge.contracts import LayerKey, LoraWeights, SaveReport, SaveRequest
-from lora_forge.errors import OutputError, RunFailed, blaming
+from lora_forge.errors import PluginError, RunFailed, blaming
 from lora_forge.files.names import file_stem
+from lora_forge.output import appearing
 from lora_forge.plan import Plan, Request
 
 if TYPE_CHECKING:
@@ -41,26 +39,20 @@ def default_output(prompt: str, suffix: str) -> Path:
     return Path("output") / f"{file_stem(prompt)}{suffix}"
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Check that a file can be written at `path`, without leaving one. Raises OutputError."""
-    if os.path.isdir(path):
-        raise OutputError(f"output {str(path)!r} is a directory")
-    if os.path.exists(path) and not overwrite:
-        raise OutputError(f"output {str(path)!r} exists; --overwrite replaces it")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OutputError(f"output {str(path)!r} is not a regular file")
-    if "\0" in str(path):
-        raise OutputError(f"output {str(path)!r} is no path")
-    ancestor = next(folder for folder in path.absolute().parents if os.path.exists(folder))
-    if not ancestor.is_dir():
-        raise OutputError(f"output {str(path)!r}: {str(ancestor)!r} is not a directory")
-    try:
-        with suppress(FileNotFoundError):
-            os.stat(path)  # raises where a name is too long
-        with tempfile.NamedTemporaryFile(dir=ancestor, prefix=".lora-forge-"):
-            pass
-    except OSError as error:
-        raise OutputError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
+def check_saver(plan: Plan) -> None:
+    """Check that the saver can write the target layers of the model family. Raises PluginError."""
+    layout = plan.backend_spec.layout
+    named = layout.prefixes if layout else {}
+    # Layers that are left out of the file need no name.
+    targeted = [
+        c for c, layers in plan.model.targets.items() if layers and (c in plan.load or plan.config.inert != "drop")
+    ]
+    nameless = [component for component in targeted if component not in named]
+    if plan.saver_spec.needs_layout and nameless:
+        raise PluginError(
+            f"saver {plan.saver.name!r} has no names for layers of {', '.join(nameless)}, since backend "
+            f"{plan.backend.name!r} says none (BackendSpec.layout); choose another saver, such as 'diffusers'"
+        )
 
 
 def save_lora(
@@ -83,9 +75,9 @@ def save_lora(
         for layer, pair in layers.items():
             if (component, layer) not in dropped:
                 kept.setdefault(component, {})[layer] = pair
-    metadata = {
-        RECORD_KEY: json.dumps(_record(plan, request, effect, strength, device), sort_keys=True, ensure_ascii=False)
-    }
+    layout = plan.backend_spec.layout
+    record = json.dumps(_record(plan, request, effect, strength, device), sort_keys=True, ensure_ascii=False)
+    metadata = {**(layout.metadata if layout else {}), RECORD_KEY: record}
     if plan.config.date:
         metadata["modelspec.date"] = plan.config.date
     names = tuple(f"{component}.{layer}" for component, layer in dropped)
@@ -99,6 +91,7 @@ def save_lora(
         family=family,
         prompt=request.prompt,
         metadata=metadata,
+        layout=layout,
     )
     report = _write(plan, save, overwrite=plan.config.overwrite)
     warnings = []
@@ -108,29 +101,12 @@ def save_lora(
 
 
 def _write(plan: Plan, save: SaveRequest, *, overwrite: bool) -> SaveReport:
-    """The file appears by atomic rename only, and with the usual permissions."""
     saver = plan.saver.build()
-    temporary: Path | None = None
-    try:
-        save.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=save.path.parent, prefix=f".{save.path.stem[:40]}-", suffix=save.path.suffix
-        )
-        os.close(handle)
-        temporary = Path(name)
+    with appearing(save.path, overwrite=overwrite) as temporary:
         with blaming(f"saver {plan.saver.name!r}", but=(OSError,)):
             report = saver(replace(save, path=temporary))
         if not temporary.is_file() or not temporary.stat().st_size:
             raise RunFailed(f"saver {plan.saver.name!r} wrote nothing")
-        check_output(save.path, overwrite=overwrite)
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, save.path)
-        temporary = None
-    except OSError as error:
-        raise OutputError(f"output {str(save.path)!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
     return report if isinstance(report, SaveReport) else SaveReport()
 
 
@@ -150,9 +126,3 @@ def _record(plan: Plan, request: Request, effect: Effect, strength: float, devic
         "device": device.partition(":")[0],
         "versions": versions(),
     }
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -85,8 +85,9 @@ def load(
 ) -> Session:
     """A session on one base model. Its weights are read when the first run needs them.
 
-    model: name or path of a model config. pipeline: a `StableDiffusionXLPipeline` in memory, to be used in
-    place and left as it was found, instead of reading a base model. plugins: plugin files.
+    model: name or path of a model config. pipeline: diffusers' pipeline of that model family in memory
+    (`StableDiffusionXLPipeline`, `StableDiffusionPipeline`), to be used in place and left as it was found,
+    instead of reading a base model. plugins: plugin files.
     settings: keys of a run config that all runs of the session share.
     """
     settings = {**settings, "model": model, "plugins": tuple(Path(path) for path in plugins)}
@@ -109,7 +110,9 @@ def run(prompt: str, model: str = "sdxl_base", *, pipeline: Any = None, **settin
 def _checked_output(plan: Plan) -> Path | None:
     if plan.output is None:
         return None
-    from lora_forge.saving import check_output
+    from lora_forge.output import check_output
+    from lora_forge.saving import check_saver
 
+    check_saver(plan)
     check_output(plan.output, overwrite=plan.config.overwrite)
     return plan.output

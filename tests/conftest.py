@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: one cache with one tiny_sdxl, and no way to the Hub."""
+"""Fixtures shared by all tests: one cache with the tiny models, and no way to the Hub."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+from lora_forge.builtin.sd15.family import SD15
+from lora_forge.builtin.sdxl.family import SDXL
+from lora_forge.clip_unet import tiny
+from lora_forge.clip_unet.family import Family
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Workers share the cores between them; more threads than cores would only wait for each other.
@@ -20,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell that starts the tests in the background has them ignore SIGINT, and so would every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+FAMILIES: dict[str, Family] = {"tiny_sdxl": SDXL, "tiny_sd15": SD15}
 CHECKOUT = Path(__file__).parent.parent
 
 
@@ -33,12 +39,28 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(os.environ["LORA_FORGE_CACHE"])
 
 
+@pytest.fixture(scope="session", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> str:
+    """The tiny model of each family in turn: what asks for it is held to both."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def family(model: str) -> Family:
+    """What `model` is a model of."""
+    return FAMILIES[model]
+
+
+@pytest.fixture(scope="session")
+def model_folder(family: Family, cache_folder: Path) -> Path:
+    """`model` as a diffusers folder."""
+    return tiny.tiny_folder(family)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(cache_folder: Path) -> Path:
     """tiny_sdxl as a diffusers folder."""
-    from lora_forge.builtin.sdxl.tiny import tiny_sdxl_folder
-
-    return tiny_sdxl_folder()
+    return tiny.tiny_folder(SDXL)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline"}
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet")
 Layers = dict[tuple[str, str], "Loaded"]
 
@@ -25,6 +26,13 @@ class Loaded(NamedTuple):
     @property
     def delta(self) -> torch.Tensor:
         return self.scaling * self.lora_B @ self.lora_A
+
+
+def open_pipeline(family: str, folder: Path) -> Any:
+    """A model's folder in the pipeline that people draw with it, in float32."""
+    import diffusers
+
+    return getattr(diffusers, PIPELINES[family]).from_pretrained(folder, dtype=torch.float32)
 
 
 class _Collect(logging.Handler):
@@ -74,7 +82,7 @@ def load_whole(pipe: Any, file: Path, *, without: Collection[str] = ()) -> Layer
 
 
 def _lora_layers(pipe: Any) -> Iterator[tuple[tuple[str, str], Loaded]]:
-    for component in COMPONENTS:
+    for component in (name for name in COMPONENTS if hasattr(pipe, name)):
         for path, module in getattr(pipe, component).named_modules():
             for adapter in getattr(module, "lora_A", {}):
                 name = path if component == "unet" else f"text_model.{path.removeprefix('text_model.')}"

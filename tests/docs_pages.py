@@ -1,7 +1,7 @@
 """The fenced blocks of README.md and docs/, and how each kind of them is executed.
 
-What needs the Hub, a GPU or a fresh machine is replaced by what runs here, in `Reader.command` and, for the
-Hub id and the device in Python blocks, in `Reader._python`; nothing else is replaced. Pages that install with pip or
+What needs the Hub, a GPU or a fresh machine is replaced by what runs here, in `Reader.command` and, for
+Hub ids and the device in Python blocks, in `Reader._python`; nothing else is replaced. Pages that install with pip or
 run pytest are also followed to the letter, in an environment of their own: tests/docs_shell.py.
 """
 
@@ -20,6 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_forge.builtin.sd15.family import SD15
+from lora_forge.builtin.sdxl.family import SDXL
+from lora_forge.clip_unet.tiny import tiny_folder
+from lora_forge.config.model import read_model_config
+
 CHECKOUT = Path(__file__).parent.parent
 DOCS = CHECKOUT / "docs"
 PAGES = (CHECKOUT / "README.md", *sorted(DOCS.rglob("*.md")))
@@ -29,7 +34,8 @@ SHOWN_ONLY = ("text",)
 # Each command line of a fresh machine ends in what is executed here, in the environment there is.
 SETUP = re.compile(r"python3 -m venv \.venv && \.venv/bin/pip install -q -c constraints\.txt (\.|-e \"\.\[dev\]\") && ")
 ACCEPTANCE = "python benchmarks/accept_sdxl.py"
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+# The model configs of real models, each with its family; its tiny model stands for it here.
+FAMILIES = {"sdxl_base": SDXL, "sd15": SD15}
 ON_A_GPU = re.compile(r'dtype=torch\.float16\s*\)\.to\("cuda"\)')
 
 _FENCE = re.compile(r"^```(\S*)[ ]?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -65,6 +71,11 @@ class Block:
         """Whether it makes the reader's environment and installs lora-forge in it; here that is done already."""
         return self.language == "bash" and self.text.startswith("python3 -m venv .venv\n")
 
+    @property
+    def of_the_project(self) -> bool:
+        """Whether it shows a file of lora-forge itself, or a part of one; tests/test_docs_site.py holds it to that."""
+        return bool(self.title and self.title.startswith("lora_forge/"))
+
     def write(self) -> None:
         """Write the file it is the content of, in the current folder."""
         assert self.file_name
@@ -90,8 +101,9 @@ def commands(block: Block) -> list[str]:
 class Reader:
     """Does what a page says, block by block, in the current folder."""
 
-    def __init__(self, tiny_folder: Path, full_size_folder: Path) -> None:
-        self._tiny, self._full_size = tiny_folder, full_size_folder
+    def __init__(self, full_size_folders: dict[str, Path]) -> None:
+        """full_size_folders: of each model config in `FAMILIES`, what `make_full_size_folders` made."""
+        self._full_size = full_size_folders
         self._names: dict[str, Any] = {"__name__": "page"}
 
     def do(self, block: Block) -> None:
@@ -132,9 +144,10 @@ class Reader:
             self._accept(["--model", "tiny_sdxl", "--device", "cpu", "--iterations", "2", "--steps", "2"])
         elif program != "lora-forge":
             raise AssertionError(f"no test knows how to run {line!r}")
-        elif "sdxl_base" in arguments:
-            self._forge([*arguments, "--dry-run", "--base-model", str(self._full_size)])
-            self._forge(["tiny_sdxl" if word == "sdxl_base" else word for word in arguments])
+        elif arguments[0] == "run" and (real := FAMILIES.keys() & set(arguments)):
+            (model,) = real
+            self._forge([*arguments, "--dry-run", "--base-model", str(self._full_size[model])])
+            self._forge([FAMILIES[model].tiny.name if word == model else word for word in arguments])
         else:
             self._forge(arguments)
 
@@ -179,8 +192,12 @@ class Reader:
         assert module.main(arguments) == 0
 
     def _python(self, block: Block) -> None:
-        text = ON_A_GPU.sub("dtype=torch.float32)", block.text.replace(SDXL, str(self._tiny)))
+        text = ON_A_GPU.sub("dtype=torch.float32)", block.text)
+        for model, family in FAMILIES.items():
+            text = text.replace(str(read_model_config(model).base_model), str(tiny_folder(family)))
         code = compile(text, str(block), "exec")
+        if block.of_the_project:
+            return
         if block.file_name:
             block.write()
         else:
@@ -207,16 +224,14 @@ class Reader:
             block.write()
 
 
-def make_full_size_folder(folder: Path) -> Path:
-    """SDXL base 1.0's real configs with weight files that hold next to nothing: enough for a dry run."""
+def make_full_size_folders(folder: Path) -> dict[str, Path]:
+    """Of each real model its configs, with weight files that hold next to nothing: enough for a dry run."""
     import torch
     from safetensors.torch import save_file
 
-    from lora_forge.builtin.sdxl.sources import CONFIGS
-
-    shutil.copytree(CONFIGS, folder)
-    for encoder in ("text_encoder", "text_encoder_2"):
-        save_file(
-            {"text_model.embeddings.token_embedding.weight": torch.zeros(1)}, folder / encoder / "model.safetensors"
-        )
-    return folder
+    weights = {"text_model.embeddings.token_embedding.weight": torch.zeros(1)}
+    for model, family in FAMILIES.items():
+        shutil.copytree(family.configs, folder / model)
+        for encoder in family.encoders:
+            save_file(weights, folder / model / encoder / "model.safetensors")
+    return {model: folder / model for model in FAMILIES}

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
-UNET, FIRST, SECOND = "model.diffusion_model.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+UNET, SECOND = "model.diffusion_model.", "conditioner.embedders.1.model."
+FIRST = {"sdxl": "conditioner.embedders.0.transformer.", "sd15": "cond_stage_model.transformer."}
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -42,13 +43,14 @@ _OPENCLIP_BLOCK = {
 }
 
 
-def write_single_file(folder: Path, path: Path) -> Path:
-    """Both text encoders and the UNet of a diffusers folder, in one file."""
+def write_single_file(family: str, folder: Path, path: Path) -> Path:
+    """The text encoders and the UNet of a diffusers folder, in one file."""
     first = load_file(folder / "text_encoder" / "model.safetensors")
-    second = load_file(folder / "text_encoder_2" / "model.safetensors")
+    content = {FIRST[family] + name: tensor for name, tensor in first.items()}
+    if family == "sdxl":
+        second = load_file(folder / "text_encoder_2" / "model.safetensors")
+        content |= {SECOND + name: tensor for name, tensor in openclip(second).items()}
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    content = {FIRST + name: tensor for name, tensor in first.items()}
-    content |= {SECOND + name: tensor for name, tensor in openclip(second).items()}
     with_attention = {name.split(".")[1] for name in unet if name.startswith("up_blocks.") and ".attentions." in name}
     for name, tensor in unet.items():
         module, _, kind = name.rpartition(".")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -43,8 +43,9 @@ def forge(
     lr: float = 1e-4,
     foreach: bool = False,
 ) -> Outcome:
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    for component in ("unet", "text_encoder", "text_encoder_2", "vae"):
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    present = [name for name in ENCODERS if hasattr(pipe, name)]
+    for component in ("unet", *present, "vae"):
         getattr(pipe, component).requires_grad_(False)
     adapted: dict[str, Any] = {}
     layers: dict[str, dict[str, Any]] = {}
@@ -59,12 +60,11 @@ def forge(
             layers[component][name].lora_B["default"].weight.data.copy_(pair["lora_B"])
     parameters = [p for model in adapted.values() for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, foreach=foreach)
-    encoders = [name for name in ENCODERS if name in adapted]
-    tokenizers = {"text_encoder": pipe.tokenizer, "text_encoder_2": pipe.tokenizer_2}
-    tokens = {
-        name: tokenizers[name](prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        for name in encoders
-    }
+    encoders = [name for name in present if name in adapted]
+    tokens = {}
+    for name in encoders:
+        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+        tokens[name] = tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     losses = []
     for _ in range(iterations):
         optimizer.zero_grad()

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_forge.builtin.sdxl.backend import SdxlBackend
 from lora_forge.cli.main import main
+from lora_forge.clip_unet.backend import ClipUnetBackend
+from lora_forge.clip_unet.family import Family
 from lora_forge.config.model import shipped_folder
 
 Refused = Callable[..., str]
@@ -34,7 +35,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def no_weights(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(SdxlBackend, "load", no_weights)
+    monkeypatch.setattr(ClipUnetBackend, "load", no_weights)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str | Path, lines: int = 1) -> str:
@@ -60,7 +61,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["--prompt", "\u3000"], "prompt: is blank"),
         (["--prompt", "bad \udcff byte"], "prompt: is not valid Unicode"),
         (["--model", "tiny_sdxll"], "unknown model 'tiny_sdxll'; did you mean 'tiny_sdxl'?"),
-        (["--model", "flux"], "unknown model 'flux'; known: sdxl_base, tiny_sdxl"),
+        (["--model", "flux"], "unknown model 'flux'; known: sd15, sdxl_base, tiny_sd15, tiny_sdxl"),
         (["--model", "missing.json"], "model config 'missing.json' does not exist"),
         (["--model", "x" * 300], "unknown model"),
         (["--loss", "embeding_magnitude"], "unknown loss 'embeding_magnitude'; did you mean 'embedding_magnitude'?"),
@@ -144,7 +145,8 @@ def test_a_device_that_is_absent_is_refused(refused: Refused, device: str) -> No
         ({"layer_dimensions_unet": None}, "layer_dimensions_unet: is missing"),
         ({"target_layers_unet": ["to_kk"], "layer_dimensions_unet": {}}, "target_layers_unet.to_kk: no such layer"),
         ({"backend": "sdxll"}, "unknown backend 'sdxll'; did you mean 'sdxl'?"),
-        ({"base_model": None}, "base_model"),
+        ({"base_model": None}, "base_model: model config 'mine' names none; give one"),
+        ({"base_model": None, "backend": None}, "base_model: model config 'mine' names none; give one"),
     ],
 )
 def test_a_model_config_with_a_mistake_is_refused(
@@ -185,30 +187,33 @@ def cut(path: Path) -> bytes:
 @pytest.mark.parametrize(
     ("file", "damage", "words"),
     [
-        ("text_encoder/model.safetensors", "missing", "has no text_encoder/model.safetensors"),
-        ("text_encoder_2/model.safetensors", "missing", "has no text_encoder_2/model.safetensors"),
-        ("text_encoder/model.safetensors", "cut", "text_encoder/model.safetensors is broken or truncated"),
-        ("text_encoder_2/model.safetensors", "empty", "text_encoder_2/model.safetensors is broken or truncated"),
-        ("text_encoder/config.json", "missing", "has no text_encoder/config.json"),
-        ("text_encoder/config.json", "cut", "text_encoder/config.json is not valid JSON"),
-        ("unet/config.json", "missing", "has no unet/config.json"),
-        ("unet/config.json", "empty", "unet/config.json is not valid JSON"),
-        ("tokenizer/vocab.json", "missing", "has no tokenizer/vocab.json"),
+        ("text_encoder/model.safetensors", "missing", "has no {file}"),
+        ("{encoder}/model.safetensors", "missing", "has no {file}"),
+        ("text_encoder/model.safetensors", "cut", "{file} is broken or truncated"),
+        ("{encoder}/model.safetensors", "empty", "{file} is broken or truncated"),
+        ("text_encoder/config.json", "missing", "has no {file}"),
+        ("text_encoder/config.json", "cut", "{file} is not valid JSON"),
+        ("unet/config.json", "missing", "has no {file}"),
+        ("unet/config.json", "empty", "{file} is not valid JSON"),
+        ("tokenizer/vocab.json", "missing", "has no {file}"),
         ("tokenizer/vocab.json", "cut", "tokenizer is broken or truncated"),
-        ("tokenizer_2/merges.txt", "missing", "tokenizer_2/merges.txt"),
-        ("tokenizer_2/merges.txt", "lines cut", "tokenizer_2 is truncated"),
-        ("tokenizer_2/merges.txt", "empty", "tokenizer_2 is truncated"),
+        ("{tokenizer}/merges.txt", "missing", "{file}"),
+        ("{tokenizer}/merges.txt", "lines cut", "{tokenizer} is truncated"),
+        ("{tokenizer}/merges.txt", "empty", "{tokenizer} is truncated"),
     ],
 )
 def test_a_base_model_with_a_missing_or_truncated_file_is_refused(
-    refused: Refused, tiny_folder: Path, tmp_path: Path, file: str, damage: str, words: str
+    refused: Refused, model: str, family: Family, model_folder: Path, tmp_path: Path, file: str, damage: str, words: str
 ) -> None:
-    path = linked_copy(tiny_folder, tmp_path / "base") / file
+    encoder, kind = list(family.encoders.items())[-1]
+    names = {"encoder": encoder, "tokenizer": kind.tokenizer}
+    names["file"] = file.format(**names)
+    path = linked_copy(model_folder, tmp_path / "base") / names["file"]
     content = {"missing": None, "empty": b"", "cut": cut(path), "lines cut": cut(path).rpartition(b"\n")[0]}[damage]
     replace(path, content)
-    error = refused(*TINY, "--base-model", "base")
+    error = refused(*PROMPT, "--model", model, "--base-model", "base")
     assert error.startswith(("base model 'base'", "base model 'base':"))
-    assert words in error
+    assert words.format(**names) in error
 
 
 @pytest.mark.parametrize(
@@ -243,13 +248,14 @@ def test_a_pickle_is_never_read(refused: Refused, tmp_path: Path, name: str) -> 
 
 
 def test_files_of_components_out_of_reach_are_not_asked_for(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = linked_copy(tiny_folder, tmp_path / "base")
+    base = linked_copy(model_folder, tmp_path / "base")
     for folder in ("unet", "vae"):
         replace(base / folder / "diffusion_pytorch_model.safetensors", None)
     monkeypatch.chdir(tmp_path)
-    assert main([*TINY, "--base-model", "base", "--iterations", "1", "-o", "owl.safetensors", "--json"]) == 0
+    command = [*PROMPT, "--model", model, "--base-model", "base", "--iterations", "1"]
+    assert main([*command, "-o", "owl.safetensors", "--json"]) == 0
     assert (tmp_path / "owl.safetensors").is_file()
 
 

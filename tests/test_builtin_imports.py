@@ -22,8 +22,9 @@ PUBLIC = {
     "lora_forge.schedules",
     "lora_forge.seeds",
     "lora_forge.files",
+    "lora_forge.clip_unet",
 }
-OWN = ("lora_forge.files.", "lora_forge.builtin")
+OWN = ("lora_forge.files.", "lora_forge.clip_unet.", "lora_forge.builtin")
 
 
 def imported(source: str, package: str) -> Iterator[str]:
@@ -62,8 +63,23 @@ def test_a_built_in_imports_only_what_a_third_party_may(path: Path) -> None:
     assert forbidden(path.read_text(encoding="utf-8"), package) == []
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "clip_unet").glob("*.py")), ids=lambda path: path.name)
+def test_what_plugins_may_import_for_their_backends_knows_no_built_in(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert forbidden(source, "lora_forge.clip_unet") == []
+    assert not [name for name in imported(source, "lora_forge.clip_unet") if name.startswith("lora_forge.builtin")]
+
+
+@pytest.mark.parametrize(("family", "other"), [("sd15", "sdxl"), ("sdxl", "sd15")])
+def test_no_family_imports_another(family: str, other: str) -> None:
+    package = f"lora_forge.builtin.{family}"
+    for path in (PACKAGE / "builtin" / family).glob("*.py"):
+        names = imported(path.read_text(encoding="utf-8"), package)
+        assert not [name for name in names if name.startswith(f"lora_forge.builtin.{other}")], path.name
+
+
 def test_there_are_built_ins_for_the_test_above_to_look_at() -> None:
-    assert {"losses.py", "backends.py", "sdxl/backend.py"} <= {
+    assert {"losses.py", "backends.py", "sdxl/backend.py", "sd15/backend.py"} <= {
         path.relative_to(PACKAGE / "builtin").as_posix() for path in MODULES
     }
 

@@ -32,13 +32,16 @@ import sys
 from pathlib import Path
 import torch
 from lora_forge.builtin import savers
+from lora_forge.builtin.backends import lora_forge_backends
 from lora_forge.contracts import SaveRequest
 
 layers = [f"text_model.encoder.layers.{i}.self_attn.{p}" for i in range(3) for p in ("q_proj", "v_proj")]
 weights = {"text_encoder": {layer: {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2)} for layer in layers}}
-for name, saver in (("one", savers.universal), ("two", savers.diffusers)):
-    path = Path(sys.argv[1]) / f"{name}.safetensors"
-    saver(SaveRequest(path, weights, 2, 3.0, "sdxl", "a prompt", {"lora_forge": "{}", "b": "ü", "a": ""}))
+for backend in lora_forge_backends():
+    for saver in (savers.universal, savers.diffusers):
+        path = Path(sys.argv[1]) / f"{backend.name}_{saver.__name__}.safetensors"
+        metadata = {"lora_forge": "{}", "b": "ü", "a": "", **backend.layout.metadata}
+        saver(SaveRequest(path, weights, 2, 3.0, backend.name, "a prompt", metadata, backend.layout))
 """
 
 
@@ -56,14 +59,16 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         command = [sys.executable, "-c", WRITE, str(tmp_path / seed)]
         processes.append(subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": seed}))
     assert [process.wait(120) for process in processes] == [0, 0]
-    for name in ("one.safetensors", "two.safetensors"):
+    names = {f"{family}_{saver}.safetensors" for family in ("sdxl", "sd15") for saver in ("universal", "diffusers")}
+    assert {path.name for path in (tmp_path / "1").iterdir()} == names
+    for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
-def test_two_runs_of_one_seed_write_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+def test_two_runs_of_one_seed_write_the_same_bytes_and_another_seed_does_not(model: str, tmp_path: Path) -> None:
     paths = [tmp_path / "a" / "owl.safetensors", tmp_path / "b" / "eagle.safetensors", tmp_path / "c.safetensors"]
     for path, seed in zip(paths, (0, 0, 1), strict=True):
-        lora_forge.run("a prompt", "tiny_sdxl", iterations=2, seed=seed, output=path)
+        lora_forge.run("a prompt", model, iterations=2, seed=seed, output=path)
     one, same, other = (path.read_bytes() for path in paths)
     assert one == same
     assert one != other

@@ -114,6 +114,7 @@ class Required:
     [
         ({"name": "Capital"}, "record", ["'Capital'", "lower-case"]),
         ({"options": dict}, "record", ["dataclass"]),
+        ({"factory": 7}, "record", ["factory", "neither a dotted string nor a callable"]),
         ({"factory": "no colon"}, "record", ["package.module:Name"]),
         ({"options": Impossible}, "bounds", ["'size'", "must be > 0, got 0"]),
         ({"options": Table}, "record", ["table", "cannot be read", "dict[str, int]"]),

@@ -94,3 +94,4 @@ def test_tiny_run_is_a_run_of_two_steps_unless_told_otherwise(tiny_run: Callable
     result = tiny_run()
     assert (result.run.prompt, result.run.model, len(result.steps)) == ("a steampunk owl", "tiny_sdxl", 2)
     assert len(tiny_run("a castle", iterations=3, seed=5).steps) == 3
+    assert tiny_run(model="tiny_sd15").run.model == "tiny_sd15"

@@ -27,12 +27,15 @@ from docs_pages import (
     Reader,
     blocks,
     commands,
-    make_full_size_folder,
+    make_full_size_folders,
 )
 
 import lora_forge
 from lora_forge import contracts, hookspecs
+from lora_forge.builtin.backends import lora_forge_backends
+from lora_forge.config.model import read_model_config, shipped_names
 from lora_forge.events import RunFailure, RunFinish, RunInfo, RunStart, StepFinish
+from lora_forge.files.names import universal_name
 from lora_forge.hookspecs import EXTENSION_POINTS, LIFECYCLE_EVENTS
 from lora_forge.records import Spec
 
@@ -40,23 +43,24 @@ README, USAGE, PLUGINS, EVENTS = (
     CHECKOUT / "README.md",
     *(DOCS / name for name in ("usage.md", "plugins.md", "extend/events.md")),
 )
+WRITING_A_BACKEND = DOCS / "extend" / "writing-a-backend.md"
 PAGE_OF_KIND = {kind: DOCS / "extend" / f"{kind}{'es' if kind.endswith('s') else 's'}.md" for kind in EXTENSION_POINTS}
 ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 @pytest.fixture(scope="module")
-def full_size_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_full_size_folder(tmp_path_factory.mktemp("full_size") / "sdxl")
+def full_size_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_full_size_folders(tmp_path_factory.mktemp("full_size"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(CHECKOUT).as_posix())
 def test_every_block_of_a_page_works_in_the_order_it_stands_in(
-    page: Path, tiny_folder: Path, full_size_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, full_size_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
-    reader = Reader(tiny_folder, full_size_folder)
+    reader = Reader(full_size_folders)
     for block in blocks(page):
         try:
             reader.do(block)
@@ -183,6 +187,50 @@ def test_every_rule_of_the_conformance_kit_is_on_the_page_about_testing_in_its_o
         assert shown == rules, section.partition("\n")[0]
 
 
+def test_every_method_of_a_backend_and_every_field_of_a_family_is_on_the_page_about_writing_one() -> None:
+    from lora_forge.clip_unet.family import Family
+
+    methods = [name for name in vars(contracts.Backend) if not name.startswith("_") and name != "target_groups"]
+    assert len(methods) > 11
+    assert missing([*methods, *(field.name for field in dataclasses.fields(Family))], WRITING_A_BACKEND) == []
+
+
+def test_what_the_built_in_families_are_conditioned_on_is_on_the_usage_page() -> None:
+    for spec in lora_forge_backends():
+        assert spec.conditioning
+        assert missing(spec.conditioning, USAGE) == []
+
+
+def test_the_files_page_has_each_familys_metadata_and_names_in_a_column_of_its_own() -> None:
+    text = (DOCS / "files.md").read_text(encoding="utf-8")
+    sdxl, sd15 = (spec.layout for spec in lora_forge_backends())
+    assert sdxl is not None
+    assert sd15 is not None
+    shown = {key: (a, b) for key, a, b in re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| `(.+?)` \|$", text, re.MULTILINE)}
+    assert shown == {key: (value, sd15.metadata[key]) for key, value in sdxl.metadata.items()}
+    for component, layer, (ours, theirs) in [
+        ("unet", "down_blocks.1.attentions.0.proj_in", ("lora_unet_input_blocks_4_1_", "")),
+        ("unet", "down_blocks.0.attentions.0.proj_in", ("", "lora_unet_down_blocks_0_attentions_0_")),
+        ("text_encoder", "text_model.encoder", ("lora_te1_text_model_", "lora_te_text_model_")),
+    ]:
+        for layout, name in ((sdxl, ours), (sd15, theirs)):
+            assert universal_name(layout, component, layer).startswith(name)
+            assert f"`{name}…`" in text or not name
+
+
+def test_every_model_config_that_ships_is_on_the_models_page_with_its_base_model_and_counts() -> None:
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
+    for name in shipped_names():
+        config = read_model_config(name)
+        (row,) = re.findall(rf"^\| `{name}` \| .+$", text, re.MULTILINE)
+        assert row.endswith(f": {' + '.join(str(len(layers)) for layers in config.targets.values())} |")
+        assert config.base_model == name or f"`{config.base_model}`" in row
+
+
+def test_every_field_of_a_file_layout_is_on_the_page_of_backends() -> None:
+    assert missing((field.name for field in dataclasses.fields(lora_forge.FileLayout)), PAGE_OF_KIND["backend"]) == []
+
+
 def test_every_environment_variable_that_is_read_is_on_the_usage_page() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in (CHECKOUT / "lora_forge").rglob("*.py"))
     read = {*re.findall(r"\bLORA_FORGE_[A-Z_]+\b", sources), *re.findall(r"environ\S*[(\[]\"([A-Z_]+)\"", sources)}
@@ -204,6 +252,15 @@ def test_every_option_of_models_new_is_on_the_models_page() -> None:
 
     text = (DOCS / "models.md").read_text(encoding="utf-8")
     options = [name for parameter in new_model.params for name in parameter.opts if name.startswith("-")]
+    assert [name for name in options if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("verb", ["convert", "merge"])
+def test_every_option_of_convert_and_merge_is_on_their_page(verb: str) -> None:
+    command = importlib.import_module(f"lora_forge.cli.{verb}").command
+    text = (DOCS / "convert.md").read_text(encoding="utf-8").split("## Merging")[verb == "merge"]
+    options = [name for parameter in command.params for name in parameter.opts if name.startswith("-")]
+    assert len(options) > 3
     assert [name for name in options if f"`{name}`" not in text] == []
 
 
@@ -243,8 +300,8 @@ def test_the_tables_shown_on_the_usage_page_have_the_rows_and_columns_of_a_real_
     assert [label for label in labels if label not in real] == []
 
 
-def test_the_lines_a_run_ends_with_make_an_image(tmp_path: Path) -> None:
-    result = lora_forge.run("an owl", "tiny_sdxl", iterations=1, output=tmp_path / "owl.safetensors")
+def test_the_lines_a_run_ends_with_make_an_image(model: str, tmp_path: Path) -> None:
+    result = lora_forge.run("an owl", model, iterations=1, output=tmp_path / "owl.safetensors")
     names: dict[str, Any] = {}
     exec(
         result.usage.replace(".images[0]", ".images[0].size").replace(

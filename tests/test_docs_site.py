@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,14 @@ from distributions import LOSS, pretend_site
 from docs_pages import CHECKOUT, DOCS, PAGES, PLUGIN_PAGES, blocks
 from docs_shell import Shell
 from fresh_environment import FreshEnvironment
+from test_builtin_imports import PUBLIC
 
 from lora_forge.cli.main import main
 from lora_forge.scaffold import package_files
 
 TUTORIAL = DOCS / "tutorial.md"
+BACKEND = DOCS / "extend" / "writing-a-backend.md"
+SD15 = CHECKOUT / "lora_forge" / "builtin" / "sd15"
 EXAMPLE = CHECKOUT / "plugins" / "lora-forge-example-loss"
 FOLLOWED = [page for page in PAGES[1:] if re.search(r"^(pip|pytest)\b", page.read_text(encoding="utf-8"), re.MULTILINE)]
 
@@ -28,6 +32,51 @@ def test_the_files_the_tutorial_shows_are_those_of_the_example_byte_for_byte() -
     }
     files = {path.relative_to(EXAMPLE).as_posix() for path in EXAMPLE.rglob("*") if path.suffix in (".py", ".toml")}
     assert files == set(shown)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.of_the_project for block in blocks(page))])
+def test_a_block_that_shows_a_file_of_the_project_is_that_files_own_lines_to_the_letter(page: Path) -> None:
+    for block in blocks(page):
+        if block.of_the_project and block.title:
+            content = (CHECKOUT / block.title).read_text(encoding="utf-8")
+            assert f"\n{block.text}" in f"\n{content}", str(block)
+
+
+def test_the_page_on_writing_a_backend_shows_the_two_files_of_sd15_whole_and_all_its_configs() -> None:
+    shown = {block.title: block.text for block in blocks(BACKEND) if block.title}
+    for file in ("family.py", "backend.py"):
+        assert shown[f"lora_forge/builtin/sd15/{file}"] == (SD15 / file).read_text(encoding="utf-8")
+    assert {path.name for path in SD15.glob("*.py")} == {"__init__.py", "family.py", "backend.py"}
+    (tree,) = [block for block in blocks(BACKEND) if block.language == "text"]
+    configs = SD15 / "configs"
+    files = {path.relative_to(configs).as_posix() for path in configs.rglob("*") if path.is_file()}
+    assert {line.strip() for line in tree.text.splitlines()[1:]} == files
+
+
+def test_the_files_shown_make_a_backend_in_a_distribution_of_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def another(text: str) -> str:
+        text = text.replace("lora_forge.builtin.sd15", "other_module").replace("tiny_sd15", "tiny_other")
+        return text.replace('name="sd15"', 'name="other"')
+
+    package = tmp_path / "other_module"
+    shutil.copytree(SD15 / "configs", package / "configs")
+    (package / "__init__.py").touch()
+    for block in blocks(BACKEND):
+        if block.title and "/sd15/" in block.title:
+            (package / Path(block.title).name).write_text(another(block.text), encoding="utf-8")
+    record = (SD15.parent / "backends.py").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_FORGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORA_FORGE_PLUGINS", "somebodys")
+    with pretend_site(tmp_path, monkeypatch) as site:
+        site.install("somebodys", another(record))
+        assert main(["plugins", "check", "other"]) == 0, capsys.readouterr().out
+        assert main(["models", "new", "mine", "--base-model", "tiny_other"]) == 0
+        run = ["run", "--prompt", "an owl", "--model", "mine_config.json", "--iterations", "1", "-o", "owl.safetensors"]
+        assert main(run) == 0
+        assert "text_encoder last" in capsys.readouterr().out
 
 
 def test_what_the_tutorial_does_not_change_is_as_plugins_new_writes_it() -> None:
@@ -124,7 +173,7 @@ def test_every_file_path_the_architecture_page_names_exists() -> None:
     (tree,) = [block for block in blocks(DOCS / "architecture.md") if block.language == "text"]
     names = re.findall(r"\b(\w+(?:\.py|/))", tree.text)
     assert len(names) > 30
-    places = (".", "config", "cli", "cli/plugins", "files")
+    places = (".", "config", "cli", "cli/plugins", "files", "clip_unet", "builtin", "builtin/sd15")
     assert [n for n in names if not any((CHECKOUT / "lora_forge" / place / n).exists() for place in places)] == []
 
 
@@ -137,7 +186,7 @@ def test_every_module_of_the_package_is_named_on_the_architecture_page() -> None
 def test_every_module_that_plugins_may_import_can_be_imported_and_is_in_the_reference() -> None:
     section = (DOCS / "plugins.md").read_text(encoding="utf-8").partition("## What a plugin may import")[2]
     modules = re.findall(r"`(lora_forge[\w.]*)`", section.partition("\n## ")[0])
-    assert len(modules) >= 11
+    assert {*modules} - {"lora_forge.events", "lora_forge.testing"} == PUBLIC  # two that no built-in has a use for
     reference = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
     for module in modules:
         __import__(module)

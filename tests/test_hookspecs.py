@@ -70,41 +70,41 @@ def test_every_hook_has_an_example_that_is_a_plugin_which_implements_it(site: Si
     assert [one.spec.kind for specs in registry.supplied.values() for one in specs if not one.is_builtin] == kinds
 
 
-def test_the_initializer_example_makes_the_first_weights(site: Site) -> None:
+def test_the_initializer_example_makes_the_first_weights(site: Site, model: str) -> None:
     file = example(site, "lora_forge_initializers")
     name = supplied("initializer", file).name
-    result = lora_forge.run("an owl", "tiny_sdxl", iterations=0, initializer=name, plugins=[file])
+    result = lora_forge.run("an owl", model, iterations=0, initializer=name, plugins=[file])
     for layers in result.weights.values():
         for pair in layers.values():
             assert torch.equal(pair["lora_A"], torch.ones_like(pair["lora_A"]))
             assert torch.equal(pair["lora_B"], torch.zeros_like(pair["lora_B"]))
-    assert lora_forge.run("an owl", "tiny_sdxl", iterations=2, initializer=name, plugins=[file]).loss_after < 0
+    assert lora_forge.run("an owl", model, iterations=2, initializer=name, plugins=[file]).loss_after < 0
 
 
-def test_the_loss_example_is_a_term_that_goes_down(site: Site) -> None:
+def test_the_loss_example_is_a_term_that_goes_down(site: Site, model: str) -> None:
     file = example(site, "lora_forge_losses")
     name = supplied("loss", file).name
-    result = lora_forge.run("an owl", "tiny_sdxl", iterations=2, loss=name, plugins=[file])
+    result = lora_forge.run("an owl", model, iterations=2, loss=name, plugins=[file])
     assert [set(step.terms) for step in result.steps] == [{name}, {name}]
     assert result.after.terms[name] < result.before.terms[name]
 
 
-def test_the_optimizer_example_makes_the_steps(site: Site) -> None:
+def test_the_optimizer_example_makes_the_steps(site: Site, model: str) -> None:
     file = example(site, "lora_forge_optimizers")
     name = supplied("optimizer", file).name
     settings = {"plugins": [file], "optimizer": name, "l2": 0.25}
-    start = lora_forge.run("an owl", "tiny_sdxl", iterations=0, **settings)
-    result = lora_forge.run("an owl", "tiny_sdxl", iterations=2, **settings)
+    start = lora_forge.run("an owl", model, iterations=0, **settings)
+    result = lora_forge.run("an owl", model, iterations=2, **settings)
     # A layer out of reach feels L2 alone: under plain descent at 0.1 each step takes 0.1 · 2 · 0.25 of it away.
     for layer, pair in start.weights["unet"].items():
         torch.testing.assert_close(result.weights["unet"][layer]["lora_A"], pair["lora_A"] * 0.95**2)
 
 
-def test_the_saver_example_writes_a_file_that_holds_the_weights(site: Site) -> None:
+def test_the_saver_example_writes_a_file_that_holds_the_weights(site: Site, model: str) -> None:
     file = example(site, "lora_forge_savers")
     spec: Any = supplied("saver", file)
     output = site.folder / f"owl{spec.suffix}"
-    result = lora_forge.run("an owl", "tiny_sdxl", iterations=2, saver=spec.name, plugins=[file], output=output)
+    result = lora_forge.run("an owl", model, iterations=2, saver=spec.name, plugins=[file], output=output)
     saved = torch.load(output)
     assert saved["prompt"] == "an owl"
     assert saved["weights"].keys() == result.weights.keys()
@@ -117,6 +117,7 @@ def test_the_backend_example_is_a_backend_by_name(site: Site) -> None:
     spec = supplied("backend", example(site, "lora_forge_backends"))
     assert isinstance(spec, BackendSpec)
     assert set(spec.encoders) <= set(spec.components)
+    assert spec.conditioning == ("text_encoder last",)
 
 
 def test_the_lifecycle_examples_hear_of_a_run(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

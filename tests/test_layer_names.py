@@ -1,100 +1,137 @@
-"""What layers are called in files, over the whole architecture of the full-size SDXL (no weights)."""
+"""What layers are called in files, over the whole architectures of the full-size models (no weights)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import layout_of
 
-from lora_forge.builtin.backends import SdxlOptions
-from lora_forge.builtin.sdxl.backend import open_sdxl
-from lora_forge.builtin.sdxl.sources import CONFIGS
+from lora_forge.builtin.sd15.backend import Sd15Backend
+from lora_forge.builtin.sdxl.backend import SdxlBackend
 from lora_forge.contracts import BackendRequest
 from lora_forge.errors import LoraForgeError
 from lora_forge.files.names import diffusers_name, missing_siblings, universal_name
-
-# Of published SDXL LoRA and LyCORIS files: every layer that their makers' tools have a name for.
-REAL_NAMES = frozenset((Path(__file__).parent / "data" / "real_sdxl_layer_names.txt").read_text().split())
-CONVOLUTIONS = ("_in_layers_2", "_out_layers_3", "_skip_connection", "_op", "_conv")
+from lora_forge.files.spelling import read_name
+from lora_forge.records import FileLayout
 
 Key = tuple[str, str]
+BACKENDS = {"sdxl": SdxlBackend, "sd15": Sd15Backend}
+LAYERS_IN_BLOCKS = {
+    "sdxl": {"text_encoder": 72, "text_encoder_2": 192, "unet": 739},
+    "sd15": {"text_encoder": 72, "unet": 182},
+}
+# Convolutions and embeddings, which are no linear layers within a block. Stable Diffusion 1.x enters and leaves its
+# attention blocks through convolutions, and its published files cover what is outside the blocks.
+NOT_LINEAR = {
+    "sdxl": ("_in_layers_2", "_out_layers_3", "_skip_connection", "_op", "_conv"),
+    "sd15": ("_conv", "_conv1", "_conv2", "_conv_shortcut", "_conv_in", "_conv_out", "_proj_in", "_proj_out"),
+}
+OUTSIDE_THE_BLOCKS = {
+    "sdxl": {"time_embedding.linear_1": "time_embed_0", "add_embedding.linear_2": "label_emb_0_2"},
+    "sd15": {
+        "time_embedding.linear_1": "time_embedding_linear_1",
+        "time_embedding.linear_2": "time_embedding_linear_2",
+    },
+}
 
 
-@pytest.fixture(scope="module")
-def layers() -> dict[Key, tuple[int, int]]:
-    """`[out, in]` of every linear layer within the blocks of SDXL base."""
-    backend = open_sdxl(BackendRequest(str(CONFIGS), "cpu", "float32"), SdxlOptions())
-    return {
+@dataclass(frozen=True)
+class FullSize:
+    """A full-size model: layers: `[out, in]` of every linear layer within its blocks."""
+
+    family: str
+    pipeline: str
+    layout: FileLayout
+    layers: dict[Key, tuple[int, int]]
+    unet_config: Any
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def full(request: pytest.FixtureRequest) -> FullSize:
+    from diffusers import UNet2DConditionModel
+
+    facts = BACKENDS[request.param].facts
+    backend = BACKENDS[request.param].open(BackendRequest(str(facts.configs), "cpu", "float32"))
+    layers = {
         (component, layer): size
         for component, sizes in backend.architecture().items()
         for layer, size in sizes.items()
         if backend.target_groups["all"](layer)
     }
-
-
-@pytest.fixture(scope="module")
-def unet_config() -> Any:
-    from diffusers import UNet2DConditionModel
-
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / "unet")).config
+        config = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(facts.configs / "unet")).config
+    return FullSize(facts.name, facts.pipeline, layout_of(facts.name), layers, config)
 
 
-def test_every_layer_of_sdxl_has_a_name_of_its_own(layers: dict[Key, tuple[int, int]]) -> None:
-    counts = {c: sum(component == c for component, _ in layers) for c in ("text_encoder", "text_encoder_2", "unet")}
-    assert counts == {"text_encoder": 72, "text_encoder_2": 192, "unet": 739}
-    assert len({universal_name("sdxl", *key) for key in layers}) == len(layers)
+def published(family: str) -> frozenset[str]:
+    """Of published LoRA, LyCORIS and OFT files: every layer that their makers' tools have a name for."""
+    return frozenset((Path(__file__).parent / "data" / f"real_{family}_layer_names.txt").read_text().split())
 
 
-def test_the_names_are_those_of_published_files(layers: dict[Key, tuple[int, int]]) -> None:
-    names = {universal_name("sdxl", *key) for key in layers}
-    assert names <= REAL_NAMES
-    assert all(name.endswith(CONVOLUTIONS) for name in REAL_NAMES - names)
+def test_every_layer_has_a_name_of_its_own(full: FullSize) -> None:
+    expected = LAYERS_IN_BLOCKS[full.family]
+    assert {c: sum(component == c for component, _ in full.layers) for c in expected} == expected
+    assert len({universal_name(full.layout, *key) for key in full.layers}) == len(full.layers) == sum(expected.values())
 
 
-def test_diffusers_own_reader_finds_the_right_layer_behind_every_name(
-    layers: dict[Key, tuple[int, int]], unet_config: Any
-) -> None:
+def test_the_names_are_those_of_published_files(full: FullSize) -> None:
+    names = {universal_name(full.layout, *key) for key in full.layers}
+    outside = {universal_name(full.layout, "unet", layer) for layer in OUTSIDE_THE_BLOCKS[full.family]}
+    real = published(full.family)
+    assert names <= real
+    assert all(name.endswith(NOT_LINEAR[full.family]) for name in real - names - outside)
+
+
+def test_every_name_that_is_written_is_read_back_as_the_layer_it_is_of(full: FullSize) -> None:
+    for key in full.layers:
+        for name, end in ((universal_name(full.layout, *key), "lora_down"), (diffusers_name(*key), "lora_A")):
+            read = read_name(f"{name}.{end}.weight")
+            assert read is not None
+            assert (read.component, read.layer, read.part) == (*key, "down")
+
+
+def test_diffusers_own_reader_finds_the_right_layer_behind_every_name(full: FullSize) -> None:
     state = {}
-    for number, (key, (out_features, in_features)) in enumerate(layers.items()):
-        name = universal_name("sdxl", *key)
+    for number, (key, (out_features, in_features)) in enumerate(full.layers.items()):
+        name = universal_name(full.layout, *key)
         state[f"{name}.lora_down.weight"] = torch.full((1, in_features), float(number))
         state[f"{name}.lora_up.weight"] = torch.full((out_features, 1), float(number))
         state[f"{name}.alpha"] = torch.tensor(float(number))
-    found, alphas = _read(state, unet_config)
+    found, alphas = _read(state, full)
 
-    assert len(found) == 2 * len(layers)
-    for number, (key, (out_features, in_features)) in enumerate(layers.items()):
+    assert len(found) == 2 * len(full.layers)
+    for number, (key, (out_features, in_features)) in enumerate(full.layers.items()):
         name = diffusers_name(*key)
         assert torch.equal(found[f"{name}.lora_A.weight"], torch.full((1, in_features), float(number)))
         assert torch.equal(found[f"{name}.lora_B.weight"], torch.full((out_features, 1), float(number)))
-    assert sorted(alphas.values()) == list(range(len(layers)))
+    assert sorted(alphas.values()) == list(range(len(full.layers)))
 
 
-def test_diffusers_own_reader_takes_diffusers_spelling_as_it_is(
-    layers: dict[Key, tuple[int, int]], unet_config: Any
-) -> None:
+def test_diffusers_own_reader_takes_diffusers_spelling_as_it_is(full: FullSize) -> None:
     state = {}
-    for key, (out_features, in_features) in layers.items():
+    for key, (out_features, in_features) in full.layers.items():
         state[f"{diffusers_name(*key)}.lora_A.weight"] = torch.zeros(1, in_features)
         state[f"{diffusers_name(*key)}.lora_B.weight"] = torch.zeros(out_features, 1)
-    found, alphas = _read(state, unet_config)
+    found, alphas = _read(state, full)
     assert found.keys() == state.keys()
     assert not alphas
 
 
-def _read(state: dict[str, torch.Tensor], unet_config: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def _read(state: dict[str, torch.Tensor], full: FullSize) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """What diffusers reads, under the names its own loading gives it in the end."""
-    from diffusers import StableDiffusionXLPipeline
+    import diffusers
     from diffusers.utils import (
         convert_state_dict_to_diffusers,
         convert_state_dict_to_peft,
         convert_unet_state_dict_to_peft,
     )
 
-    read, alphas = StableDiffusionXLPipeline.lora_state_dict(dict(state), unet_config=unet_config)
+    pipeline = getattr(diffusers, full.pipeline)
+    read, alphas = pipeline.lora_state_dict(dict(state), unet_config=full.unet_config)
     unet = {name: tensor for name, tensor in read.items() if name.startswith("unet.")}
     text = {name: tensor for name, tensor in read.items() if name not in unet}
     found = {
@@ -104,9 +141,10 @@ def _read(state: dict[str, torch.Tensor], unet_config: Any) -> tuple[dict[str, t
     return found, alphas or {}
 
 
-def test_embeddings_outside_the_blocks_are_named_as_in_the_original_checkpoint() -> None:
-    assert universal_name("sdxl", "unet", "time_embedding.linear_1") == "lora_unet_time_embed_0"
-    assert universal_name("sdxl", "unet", "add_embedding.linear_2") == "lora_unet_label_emb_0_2"
+@pytest.mark.parametrize("family", OUTSIDE_THE_BLOCKS)
+def test_embeddings_outside_the_blocks_are_named_as_in_the_family_s_files(family: str) -> None:
+    for layer, name in OUTSIDE_THE_BLOCKS[family].items():
+        assert universal_name(layout_of(family), "unet", layer) == f"lora_unet_{name}"
 
 
 @pytest.mark.parametrize(
@@ -114,14 +152,14 @@ def test_embeddings_outside_the_blocks_are_named_as_in_the_original_checkpoint()
     [
         ("sdxl", "unet", "encoder_hid_proj.0", "unet.encoder_hid_proj.0"),
         ("sdxl", "vae", "encoder.conv_in", "vae.encoder.conv_in"),
-        ("else", "unet", "mid_block.attentions.0.proj_in", "'else'"),
+        ("sd15", "text_encoder_2", "text_model.encoder.layers.0.mlp.fc1", "text_encoder_2.text_model"),
     ],
 )
 def test_what_the_layout_has_no_name_for_is_an_error_that_names_it(
     family: str, component: str, layer: str, named: str
 ) -> None:
     with pytest.raises(LoraForgeError, match="universal layout") as caught:
-        universal_name(family, component, layer)
+        universal_name(layout_of(family), component, layer)
     assert named in str(caught.value)
 
 

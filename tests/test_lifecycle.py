@@ -95,10 +95,12 @@ def raiser(site: Site, hook: str, raised: str, name: str = "clumsy") -> Path:
     return write_plugin(site.folder / f"{name}.py", source)
 
 
-def test_observers_hear_the_start_every_step_in_order_and_the_finish(site: Site, diary: Path, losses: Path) -> None:
+def test_observers_hear_the_start_every_step_in_order_and_the_finish(
+    model: str, site: Site, diary: Path, losses: Path
+) -> None:
     output = site.folder / "out.safetensors"
     settings = {"iterations": 30, "seed": 4, "l2": 0.1, "loss": ["embedding_magnitude", "large:0.5"]}
-    result = lora_forge.run("an owl", "tiny_sdxl", plugins=[diary, losses], output=output, **settings)
+    result = lora_forge.run("an owl", model, plugins=[diary, losses], output=output, **settings)
     first, *steps, last = heard(site)
     assert first["kind"] == "run_started"
     assert [step["kind"] for step in steps] == ["step_finished"] * 30
@@ -109,12 +111,9 @@ def test_observers_hear_the_start_every_step_in_order_and_the_finish(site: Site,
         assert set(step["terms"]) == {"embedding_magnitude", "large"}
         weighted = step["terms"]["embedding_magnitude"] + 0.5 * step["terms"]["large"]
         assert step["loss"] == pytest.approx(weighted + step["l2"], rel=1e-5)
-    squares = sum(float(pair["lora_A"].square().sum()) for ls in _start().weights.values() for pair in ls.values())
+    start = lora_forge.run("an owl", model, iterations=0, seed=4).weights
+    squares = sum(float(pair["lora_A"].square().sum()) for layers in start.values() for pair in layers.values())
     assert steps[0]["l2"] == pytest.approx(0.1 * squares, rel=1e-5)
-
-
-def _start() -> lora_forge.RunResult:
-    return lora_forge.run("an owl", "tiny_sdxl", iterations=0, seed=4)
 
 
 def test_every_event_of_a_run_names_it(site: Site, diary: Path) -> None:

@@ -110,6 +110,8 @@ def notes(capsys: Capture) -> list[str]:
         ("--rank", "2", "--alpha", "3.5", "--l2", "0.01", "--inert", "drop"),
         ("--optimizer-opt", "schedule=cosine", "--optimizer-opt", "warmup=1", "--initializer-opt", "std=0.02"),
         ("--saver", "diffusers", "--seed", "3", "--target-shift", "0.01"),
+        ("--model", "tiny_sd15", "--seed", "3", "--strength", "2.5"),
+        ("--model", "tiny_sd15", "--saver", "diffusers"),
     ],
     ids=" ".join,
 )
@@ -175,6 +177,20 @@ def test_the_command_line_wins_and_each_difference_is_a_line(
     if "--rank" in settings:
         assert record["rank"] == int(settings[1])
     assert record["iterations"] == 2
+
+
+def test_the_same_run_on_another_family_names_the_model_and_what_comes_with_it(owl: Path, capsys: Capture) -> None:
+    assert main(["run", "--like", "owl.safetensors", "--model", "tiny_sd15", "--dry-run", "--json"]) == 0
+    printed = capsys.readouterr()
+    lines = [line.removeprefix("lora-forge: not as owl.safetensors: ") for line in printed.err.splitlines()]
+    assert lines[:3] == [
+        "backend.name was sdxl, now sd15",
+        "base_model was tiny_sdxl, now tiny_sd15",
+        "model was tiny_sdxl, now tiny_sd15",
+    ]
+    assert [line.partition(" was ")[0] for line in lines[3:]] == ["model_config_sha256"]
+    record = json.loads(printed.out)
+    assert (record["backend"]["name"], record["layers"].keys()) == ("sd15", {"text_encoder", "unet"})
 
 
 def test_a_run_config_wins_over_the_file_and_the_command_line_over_both(owl: Path, capsys: Capture) -> None:

@@ -41,12 +41,13 @@ def lora_forge_optimizers():
 """
 
 
-def forge_together(prompts: Sequence[str], plugins: Sequence[Path] = (), **settings: object) -> list[RunResult]:
+def forge_together(
+    prompts: Sequence[str], model: str = "tiny_sdxl", plugins: Sequence[Path] = (), **settings: object
+) -> list[RunResult]:
     registry = discover(list(plugins))
-    plan = make_plan(read_run_config([{"prompt": prompts[0], "model": "tiny_sdxl", **settings}]), registry)
-    model = open_model(plan)
+    plan = make_plan(read_run_config([{"prompt": prompts[0], "model": model, **settings}]), registry)
     requests = [Request(prompt, None, seed, None) for seed, prompt in enumerate(prompts)]
-    return forge(plan, requests, model, registry, Clock())
+    return forge(plan, requests, open_model(plan), registry, Clock())
 
 
 def assert_same(one: RunResult, other: RunResult, tolerance: float) -> None:
@@ -58,39 +59,39 @@ def assert_same(one: RunResult, other: RunResult, tolerance: float) -> None:
                 assert difference <= tolerance * float(expected.norm()), (component, layer, name)
 
 
-def test_three_prompts_together_equal_three_single_runs() -> None:
-    together = forge_together(PROMPTS, iterations=20)
+def test_three_prompts_together_equal_three_single_runs(model: str) -> None:
+    together = forge_together(PROMPTS, model, iterations=20)
     for seed, prompt in enumerate(PROMPTS):
-        (alone,) = forge_together([prompt], iterations=20, seed=seed) if seed == 0 else _alone(prompt, seed)
+        (alone,) = _alone(prompt, model, seed)
         assert_same(alone, together[seed], 1e-5)
         assert [v.loss for v in together[seed].steps] == pytest.approx([v.loss for v in alone.steps], rel=1e-5)
         assert together[seed].effect.conditioning_shift == pytest.approx(alone.effect.conditioning_shift, rel=1e-4)
 
 
-def _alone(prompt: str, seed: int) -> list[RunResult]:
+def _alone(prompt: str, model: str, seed: int) -> list[RunResult]:
     registry = discover()
-    plan = make_plan(read_run_config([{"prompt": prompt, "model": "tiny_sdxl", "iterations": 20}]), registry)
+    plan = make_plan(read_run_config([{"prompt": prompt, "model": model, "iterations": 20}]), registry)
     return forge(plan, [Request(prompt, None, seed, None)], open_model(plan), registry, Clock())
 
 
-def test_layers_out_of_reach_are_equal_to_the_bit_whatever_the_batch() -> None:
-    together, (alone,) = forge_together(PROMPTS, iterations=5), forge_together(PROMPTS[:1], iterations=5)
+def test_layers_out_of_reach_are_equal_to_the_bit_whatever_the_batch(model: str) -> None:
+    together, (alone,) = forge_together(PROMPTS, model, iterations=5), forge_together(PROMPTS[:1], model, iterations=5)
     for layer, pair in alone.weights["unet"].items():
         assert torch.equal(together[0].weights["unet"][layer]["lora_A"], pair["lora_A"])
 
 
-def test_an_optimizer_that_is_not_elementwise_trains_each_prompt_alone(tmp_path: Path) -> None:
+def test_an_optimizer_that_is_not_elementwise_trains_each_prompt_alone(model: str, tmp_path: Path) -> None:
     plugin = tmp_path / "normalized.py"
     plugin.write_text(PLUGIN)
     settings = {"iterations": 5, "optimizer": "normalized"}
-    together = forge_together(PROMPTS, [plugin], **settings)
-    (alone,) = forge_together(PROMPTS[:1], [plugin], **settings)
+    together = forge_together(PROMPTS, model, [plugin], **settings)
+    (alone,) = forge_together(PROMPTS[:1], model, [plugin], **settings)
     assert_same(alone, together[0], 1e-5)
     assert together[0].loss_after < together[0].loss_before
 
 
-def test_every_prompt_reaches_the_target_shift_asked_for() -> None:
-    for result in forge_together(PROMPTS, iterations=5, target_shift=0.1):
+def test_every_prompt_reaches_the_target_shift_asked_for(model: str) -> None:
+    for result in forge_together(PROMPTS, model, iterations=5, target_shift=0.1):
         assert result.effect.conditioning_shift == pytest.approx(0.1, rel=2e-3)
 
 

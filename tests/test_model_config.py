@@ -1,4 +1,4 @@
-"""Model configs: the shipped ones hold the real architectures; any other is checked, all mistakes at once."""
+"""Model configs: what is in one is checked against the architecture, all mistakes at once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_forge.builtin.backends import SdxlOptions
-from lora_forge.builtin.sdxl.backend import open_sdxl
-from lora_forge.builtin.sdxl.sources import CONFIGS
+from lora_forge.builtin.sdxl.backend import SdxlBackend
 from lora_forge.config.model import (
     DIMENSIONS,
     TARGETS,
@@ -22,44 +19,16 @@ from lora_forge.config.model import (
     expand_targets,
     parse_model_config,
     read_model_config,
-    shipped_folder,
-    shipped_names,
 )
 from lora_forge.contracts import BackendRequest
 from lora_forge.errors import ConfigError, ModelError
 
 Architecture = dict[str, dict[str, tuple[int, int]]]
-PROJECTIONS = {"to_q", "to_k", "to_v", "to_out", "q_proj", "k_proj", "v_proj", "out_proj"}
-
-
-def architecture_of(source: str | Path) -> Architecture:
-    return open_sdxl(BackendRequest(str(source), "cpu", "float32"), SdxlOptions()).architecture()
-
-
-def attention_by_hand(folder: Path) -> Architecture:
-    """Attention projections of the libraries' own classes, found by the names of their modules."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    with torch.device("meta"):
-        models = {
-            "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
-            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2")),
-            "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet")),
-        }
-    result: Architecture = {}
-    for component, model in models.items():
-        layers = result.setdefault(component, {})
-        for path, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and PROJECTIONS & set(path.split(".")[-2:]):
-                name = path if component == "unet" or path.startswith("text_model.") else f"text_model.{path}"
-                layers[name] = (module.weight.shape[0], module.weight.shape[1])
-    return result
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_folder: Path) -> Architecture:
-    return architecture_of(tiny_folder)
+    return SdxlBackend.open(BackendRequest(str(tiny_folder), "cpu", "float32")).architecture()
 
 
 def small_config(tiny: Architecture, **changes: Any) -> dict[str, Any]:
@@ -84,44 +53,6 @@ def mistakes(tiny: Architecture, data: Any) -> dict[str, str]:
         return {}
     assert len({problem.key for problem in found}) == len(found)
     return {problem.key: problem.message for problem in found}
-
-
-@pytest.mark.parametrize(
-    ("name", "counts"),
-    [
-        ("sdxl_base", {"text_encoder": 48, "text_encoder_2": 128, "unet": 560}),
-        ("tiny_sdxl", {"text_encoder": 12, "text_encoder_2": 16, "unet": 136}),
-    ],
-)
-def test_a_shipped_config_targets_every_attention_projection_with_its_real_dimensions(
-    name: str, counts: dict[str, int], tiny_folder: Path
-) -> None:
-    folder = CONFIGS if name == "sdxl_base" else tiny_folder
-    config = read_model_config(name)
-    by_hand = attention_by_hand(folder)
-
-    assert {component: len(layers) for component, layers in config.targets.items()} == counts
-    assert {component: set(layers) for component, layers in config.targets.items()} == {
-        component: set(layers) for component, layers in by_hand.items()
-    }
-    assert config.dimensions == by_hand
-    layers = expand_targets(config, architecture_of(folder), rank=config.lora_rank)
-    assert {(layer.key, (layer.out_features, layer.in_features)) for layer in layers} == {
-        ((component, layer), size) for component, sizes in by_hand.items() for layer, size in sizes.items()
-    }
-
-
-def test_shipped_configs_carry_every_key_a_run_takes_from_them() -> None:
-    assert shipped_names() == ["sdxl_base", "tiny_sdxl"]
-    for name in shipped_names():
-        config = read_model_config(name)
-        assert (config.iterations, config.learning_rate, config.regularization_strength) == (50, 1e-4, 1e-5)
-    assert read_model_config("sdxl_base").base_model == "stabilityai/stable-diffusion-xl-base-1.0"
-
-
-def test_a_config_is_the_same_by_shipped_name_and_by_path() -> None:
-    path = shipped_folder() / "tiny_sdxl_config.json"
-    assert read_model_config(str(path)) == read_model_config("tiny_sdxl")
 
 
 def naive_expansion(config: ModelConfig, architecture: Architecture) -> list[tuple[str, str]]:
@@ -350,6 +281,7 @@ def test_bytes_that_are_no_text_are_a_mistake_of_the_file(tmp_path: Path) -> Non
     ("name", "words"),
     [
         ("sdxl_bsae", "did you mean 'sdxl_base'"),
+        ("sd1.5", "did you mean 'sd15'"),
         ("x" * 5000, "unknown model"),
         ("nul\0", "unknown model"),
         ("missing.json", "does not exist"),

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
-from lora_forge.builtin.sdxl.backend import SdxlBackend
-from lora_forge.builtin.sdxl.sources import CONFIGS
 from lora_forge.cli.main import main
+from lora_forge.clip_unet.backend import ClipUnetBackend
+from lora_forge.clip_unet.family import Family
 from lora_forge.config.model import DIMENSIONS, TARGETS, read_model_config, shipped_folder
 
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet")
+FULL_SIZE = {
+    "sdxl": ("sdxl_base", "stabilityai/stable-diffusion-xl-base-1.0"),
+    "sd15": ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0")
 MLP = ("mlp.fc1", "mlp.fc2", "ff.net.0.proj", "ff.net.2")
 
@@ -28,9 +31,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def without_weights(here: Path, tiny_folder: Path) -> str:
-    """A folder of tiny_sdxl's configs alone."""
-    shutil.copytree(tiny_folder, here / "configs", ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*", "vae"))
+def without_weights(here: Path, model_folder: Path) -> str:
+    """A folder of the tiny model's configs alone."""
+    shutil.copytree(model_folder, here / "configs", ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*", "vae"))
     return "configs"
 
 
@@ -42,15 +45,16 @@ def new(*arguments: str) -> dict[str, Any]:
 
 
 def targets_of(data: dict[str, Any]) -> dict[str, list[str]]:
-    return {component: data[f"{TARGETS}{component}"] for component in COMPONENTS}
+    return {key.removeprefix(TARGETS): names for key, names in data.items() if key.startswith(TARGETS)}
 
 
-def real_layers(folder: Path) -> dict[str, dict[str, list[int]]]:
+def real_layers(family: Family, folder: Path) -> dict[str, dict[str, list[int]]]:
     """Every linear layer with its dimensions, as the weight files have it."""
     from safetensors import safe_open
 
     result: dict[str, dict[str, list[int]]] = {}
-    for component, file in zip(COMPONENTS, ("model", "model", "diffusion_pytorch_model"), strict=True):
+    for component in family.components:
+        file = "model" if component in family.encoders else "diffusion_pytorch_model"
         with safe_open(folder / component / f"{file}.safetensors", framework="pt") as weights:
             shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
         result[component] = {
@@ -66,16 +70,20 @@ def test_list_shows_every_shipped_config_with_its_layers(capsys: pytest.CaptureF
     table = capsys.readouterr().out
     assert main(["models", "list", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert set(rows) == {"sdxl_base", "tiny_sdxl"}
+    assert set(rows) == {"sdxl_base", "tiny_sdxl", "sd15", "tiny_sd15"}
     assert rows["sdxl_base"]["target_layers"] == {"text_encoder": 48, "text_encoder_2": 128, "unet": 560}
-    assert rows["sdxl_base"]["base_model"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert rows["sd15"]["target_layers"] == {"text_encoder": 48, "unet": 128}
+    for family, (name, base_model) in FULL_SIZE.items():
+        assert (rows[name]["backend"], rows[name]["base_model"]) == (family, base_model)
     assert all(name in table for name in rows)
 
 
 @pytest.mark.parametrize("spelling", ["name", "path"])
-def test_show_prints_the_numbers_and_every_target_layer(capsys: pytest.CaptureFixture[str], spelling: str) -> None:
-    name = "tiny_sdxl" if spelling == "name" else str(shipped_folder() / "tiny_sdxl_config.json")
-    config = read_model_config("tiny_sdxl")
+def test_show_prints_the_numbers_and_every_target_layer(
+    capsys: pytest.CaptureFixture[str], model: str, spelling: str
+) -> None:
+    name = model if spelling == "name" else str(shipped_folder() / f"{model}_config.json")
+    config = read_model_config(model)
     assert main(["models", "show", name]) == 0
     lines = capsys.readouterr().out.splitlines()
     for component, layers in config.targets.items():
@@ -100,32 +108,38 @@ CHOICES: list[tuple[tuple[str, ...], Callable[[str, str], bool]]] = [
 
 @pytest.mark.parametrize(("targets", "wanted"), CHOICES)
 def test_new_derives_the_layers_asked_for_with_their_dimensions_and_no_weights(
-    tiny_folder: Path, without_weights: str, targets: tuple[str, ...], wanted: Callable[[str, str], bool]
+    family: Family,
+    model_folder: Path,
+    without_weights: str,
+    targets: tuple[str, ...],
+    wanted: Callable[[str, str], bool],
 ) -> None:
     data = new("--base-model", without_weights, *(part for target in targets for part in ("--targets", target)))
-    for component, layers in real_layers(tiny_folder).items():
+    for component, layers in real_layers(family, model_folder).items():
         expected = {layer: size for layer, size in layers.items() if wanted(component, layer)}
         assert sorted(data[f"{TARGETS}{component}"]) == sorted(expected)
         assert data[f"{DIMENSIONS}{component}"] == expected
     assert (data["lora_rank"], data["lora_alpha"], data["base_model"]) == (8, 8, without_weights)
+    assert data["backend"] == family.name
 
 
-def test_all_is_every_linear_layer_inside_a_block(tiny_folder: Path, without_weights: str) -> None:
+def test_all_is_every_linear_layer_inside_a_block(
+    model: str, family: Family, model_folder: Path, without_weights: str
+) -> None:
     data = new("--base-model", without_weights, "--targets", "all")
     blocks = ("text_model.encoder.layers.*", "down_blocks.*", "mid_block.*", "up_blocks.*")
-    for component, layers in real_layers(tiny_folder).items():
+    for component, layers in real_layers(family, model_folder).items():
         inside = {layer for layer in layers if any(fnmatchcase(layer, block) for block in blocks)}
         assert set(data[f"{TARGETS}{component}"]) == inside
     every = targets_of(data)
     assert "down_blocks.0.resnets.0.time_emb_proj" in every["unet"]
-    assert set(targets_of(new("--base-model", "tiny_sdxl", "--targets", "attention+mlp", "--overwrite"))["unet"]) < set(
-        every["unet"]
-    )
+    fewer = targets_of(new("--base-model", model, "--targets", "attention+mlp", "--overwrite"))
+    assert set(fewer["unet"]) < set(every["unet"])
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+mlp", "all", "*v_proj"])
-def test_a_derived_config_runs(capsys: pytest.CaptureFixture[str], targets: str) -> None:
-    data = new("--base-model", "tiny_sdxl", "--targets", targets, "--rank", "2", "--alpha", "3.5")
+def test_a_derived_config_runs(capsys: pytest.CaptureFixture[str], model: str, targets: str) -> None:
+    data = new("--base-model", model, "--targets", targets, "--rank", "2", "--alpha", "3.5")
     assert (data["lora_rank"], data["lora_alpha"]) == (2, 3.5)
     capsys.readouterr()
     command = ["run", "--prompt", "an owl", "--model", "mine_config.json", "--iterations", "1"]
@@ -137,32 +151,36 @@ def test_a_derived_config_runs(capsys: pytest.CaptureFixture[str], targets: str)
 
 
 def test_a_config_derived_from_configs_alone_runs_on_a_model_with_weights(
-    capsys: pytest.CaptureFixture[str], without_weights: str, tiny_folder: Path
+    capsys: pytest.CaptureFixture[str], without_weights: str, model_folder: Path
 ) -> None:
     new("--base-model", without_weights, "--rank", "2")
     capsys.readouterr()
     command = ["run", "--prompt", "an owl", "--model", "mine_config.json", "--iterations", "1", "-o", "owl"]
     assert main(command) == 2
     assert "has no text_encoder/model.safetensors" in capsys.readouterr().err
-    assert main([*command, "--base-model", str(tiny_folder)]) == 0
+    assert main([*command, "--base-model", str(model_folder)]) == 0
 
 
 @pytest.mark.parametrize("targets", [[], ["--targets", "attention"]])
-def test_the_shipped_config_is_what_new_derives_from_the_real_architecture(targets: list[str]) -> None:
-    derived = new("--base-model", str(CONFIGS), *targets)
-    shipped = json.loads((shipped_folder() / "sdxl_base_config.json").read_text(encoding="utf-8"))
-    assert derived.pop("base_model") == str(CONFIGS)
-    assert shipped.pop("base_model") == "stabilityai/stable-diffusion-xl-base-1.0"
+def test_the_shipped_config_is_what_new_derives_from_the_real_architecture(family: Family, targets: list[str]) -> None:
+    name, base_model = FULL_SIZE[family.name]
+    derived = new("--base-model", str(family.configs), *targets)
+    shipped = json.loads((shipped_folder() / f"{name}_config.json").read_text(encoding="utf-8"))
+    assert derived.pop("base_model") == str(family.configs)
+    assert shipped.pop("base_model") == base_model
     assert derived == shipped
     assert list(derived) == list(shipped)
 
 
-def test_new_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_reads_no_weights(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     def no_weights(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(SdxlBackend, "load", no_weights)
-    assert len(targets_of(new("--base-model", "tiny_sdxl"))["unet"]) == 136
+    monkeypatch.setattr(ClipUnetBackend, "load", no_weights)
+    shipped = read_model_config(model).targets
+    assert {c: set(layers) for c, layers in targets_of(new("--base-model", model)).items()} == {
+        c: set(layers) for c, layers in shipped.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -177,7 +195,7 @@ def test_new_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--alpha", "nan"], "lora_alpha: expected a number > 0"),
         (["--backend", "sdxll"], "unknown backend 'sdxll'; did you mean 'sdxl'?"),
         (["--base-model", "missing"], "base model 'missing' does not exist"),
-        (["--base-model", "empty"], "base model 'empty' has no text_encoder/config.json"),
+        (["--base-model", "empty"], "base model 'empty' has no unet/config.json"),
         (["-o", "empty"], "output 'empty' is a directory"),
         (["-o", "mine.txt/x.json"], "is not a directory"),
         (["-o", "mine.txt"], "output 'mine.txt' exists; --overwrite replaces it"),

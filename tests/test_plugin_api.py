@@ -229,6 +229,16 @@ def test_a_run_uses_its_loss_initializer_optimizer_and_saver_and_it_hears_of_eve
             assert torch.allclose(read[component][layer], change)
 
 
+def test_a_run_uses_all_it_supplies_on_a_family_that_is_newer_than_it(site: Site) -> None:
+    options = {**PULL, "encoders": ["text_encoder"]}
+    result = run_frozen("tiny_sd15", loss=[{"name": "pull", "options": options}, "drift"], output="owl", l2=0.0)
+    assert [kind for kind, _ in heard()].count("step_finished") == 2
+    assert result.loss_after < result.loss_before
+    content = torch.load("owl.pt")
+    assert (content["prompt"], content["family"]) == ("an owl", "sd15")
+    assert content["weights"].keys() == result.weights.keys()
+
+
 def test_one_step_is_its_initializers_weights_moved_by_its_optimizer_along_the_gradient(release: str) -> None:
     before = run_frozen(iterations=0, l2=0.0)
     after = run_frozen(iterations=1, l2=0.0)

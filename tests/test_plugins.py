@@ -19,7 +19,7 @@ BUILTINS = {
     "loss": {"embedding_magnitude"},
     "optimizer": {"adamw"},
     "saver": {"safetensors", "diffusers"},
-    "backend": {"sdxl"},
+    "backend": {"sdxl", "sd15"},
 }
 
 
@@ -113,6 +113,10 @@ HOOKS = [
     (
         "from lora_forge import hookimpl\n@hookimpl(wrapper=True)\ndef lora_forge_run_failed(event):\n    yield",
         "lora_forge_run_failed is a wrapper, which would never run: hooks are called one by one",
+    ),
+    (
+        SPEC.replace("losses", "savers") + "yield SaverSpec(name='a', summary='s', factory=len, reader='no_colon')",
+        "a: reader must be 'package.module:Name', got 'no_colon'",
     ),
     (SPEC + "pass", "TypeError: 'NoneType' object is not iterable"),
     (SPEC.replace("losses()", "losses(surprise)") + "yield 1", "surprise"),
@@ -296,12 +300,35 @@ def test_an_unknown_name_is_named_with_the_nearest_known_one(kind: str, name: st
         ("reaches={'text': None}", "bad: reaches['text'] must be a tuple of names, got None"),
         ("reaches=7", "bad: reaches must be a mapping of needs to components, got 7"),
         ("tiny=7", "bad: tiny must be text, got 7"),
+        ("conditioning=None", "bad: conditioning must be a tuple of names, got None"),
+        ("conditioning='pooled'", "bad: conditioning must be a tuple of names, got 'pooled'"),
+        ("conditioning=(1,)", "bad: conditioning must be a tuple of names, got (1,)"),
+        ("layout='kohya'", "bad: layout must be a FileLayout, got 'kohya'"),
+        ("layout={}", "bad: layout must be a FileLayout, got {}"),
+        (
+            "layout=FileLayout(prefixes=('lora_te',))",
+            "bad: layout.prefixes must be a mapping of text to text, got ('lora_te',)",
+        ),
+        (
+            "layout=FileLayout(prefixes={'unet': None})",
+            "bad: layout.prefixes must be a mapping of text to text, got {'unet': None}",
+        ),
+        (
+            "layout=FileLayout(prefixes={}, metadata={'ss_v2': False})",
+            "bad: layout.metadata must be a mapping of text to text, got {'ss_v2': False}",
+        ),
+        (
+            "layout=FileLayout(prefixes={}, ldm_names='unet')",
+            "bad: layout.ldm_names must be a tuple of names, got 'unet'",
+        ),
+        ("recognizes=7", "bad: recognizes is neither a dotted string nor a callable, but 7"),
+        ("recognizes='is_it'", "bad: recognizes must be 'package.module:Name', got 'is_it'"),
     ],
 )
 def test_a_backend_whose_record_is_malformed_is_broken_and_shown_as_such(site: Site, fields: str, reason: str) -> None:
     hook = "@hookimpl\ndef lora_forge_backends():\n"
     spec = f"    yield BackendSpec(name='bad', summary='s', factory=len, {fields})\n"
-    site.install("bad", "from lora_forge import BackendSpec, hookimpl\n" + hook + spec)
+    site.install("bad", "from lora_forge import BackendSpec, FileLayout, hookimpl\n" + hook + spec)
     assert [plugin.error for plugin in discover().broken] == [reason]
 
 

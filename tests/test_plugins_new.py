@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from distributions import pretend_site
 from fresh_environment import CHECKOUT, FreshEnvironment
 
 from lora_forge.cli.main import main
@@ -133,7 +134,7 @@ def test_a_built_in_of_another_kind_does_not_take_a_name() -> None:
     with pytest.raises(PluginError, match="built-in initializer"):
         check_name("gaussian", "initializer")
     with pytest.raises(UsageError, match="built-in backend"):
-        check_name("sdxl", "backend")
+        check_name("sd15", "backend")
 
 
 def test_what_exists_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,13 +203,35 @@ def test_what_is_installed_in_a_fresh_environment_is_there_and_nowhere_else(inst
 
 @pytest.mark.slow
 def test_each_new_package_passes_its_own_tests_where_it_is_installed(
-    kind: str, packages: dict[str, Path], installed: FreshEnvironment
+    packages: dict[str, Path], installed: FreshEnvironment
 ) -> None:
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(packages[kind] / "tests")]
-    done = installed.execute(*command)
+    # One process for all of them: what takes long is importing torch.
+    command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = installed.execute(*command, *(folder / "tests" for folder in packages.values()))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    lines = done.stdout.splitlines()
+    for kind in KINDS:
+        assert [line for line in lines if f"test_my_{kind}.py::" in line and "PASSED" in line], kind
+    assert "skipped" not in lines[-1]
+
+
+def test_a_new_backend_is_found_by_the_model_it_recognizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert new("backend", tmp_path / "package", "owl-family") == 0
+    monkeypatch.chdir(tmp_path)
+    with pretend_site(tmp_path / "package", monkeypatch) as site:
+        site.describe("owl-family", b"[lora_forge]\nowl_family = owl_family\n")
+        assert (
+            main(["models", "new", "mine", "--base-model", "tiny_owl_family", "--targets", "all", "--rank", "8"]) == 0
+        )
+        derived = json.loads(Path("mine_config.json").read_text())
+        assert (derived["backend"], derived["lora_rank"]) == ("owl_family", 8)
+        assert len(derived["target_layers_text_encoder"]) == 3 * 6, "six linear layers in each of three blocks"
+        assert main(["models", "new", "other", "--base-model", "bert-large"]) == 2
+        assert "no backend recognizes base model 'bert-large'" in capsys.readouterr().err
+    for module in [name for name in sys.modules if name.partition(".")[0] == "owl_family"]:
+        del sys.modules[module]
 
 
 @pytest.mark.slow
@@ -238,7 +261,7 @@ def test_a_run_on_a_new_backend_needs_its_model_config_and_nothing_else(
 ) -> None:
     config = packages["backend"] / "model_config" / "my_backend_config.json"
     output = tmp_path / "owl.safetensors"
-    command = ["run", *PROMPT, "--iterations", "3", "--saver", "diffusers", "--json"]
+    command = ["run", *PROMPT, "--iterations", "3", "--json"]
     done = installed.run(*command, "--model", config, "-o", output, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -250,5 +273,5 @@ def test_a_run_on_a_new_backend_needs_its_model_config_and_nothing_else(
         backend = json.loads(file.metadata()["lora_forge"])["run"]["backend"]
         names = set(file.keys())
     assert (backend["distribution"], backend["version"], backend["name"]) == ("my-backend", "0.1.0", "my_backend")
-    assert len(names) == 3 * 4 * 2, "A and B of four layers in each of three blocks"
-    assert "text_encoder.encoder.layer.0.attention.self.query.lora_A.weight" in names
+    assert len(names) == 3 * 4 * 3, "A, B and alpha of four layers in each of three blocks"
+    assert "lora_te_encoder_layer_0_attention_self_query.lora_down.weight" in names

@@ -20,6 +20,7 @@ BUILTINS = {
     ("saver", "safetensors"),
     ("saver", "diffusers"),
     ("backend", "sdxl"),
+    ("backend", "sd15"),
 }
 
 
@@ -159,7 +160,15 @@ def test_show_says_what_each_kind_has_of_its_own(plugins: Verb) -> None:
     backend = plugins.json("show", "sdxl")
     assert backend["components"] == ["text_encoder", "text_encoder_2", "unet"]
     assert backend["reaches"]["text"] == ["text_encoder", "text_encoder_2"]
-    for name in ("embedding_magnitude", "diffusers", "sdxl", "gaussian"):
+    assert backend["conditioning"] == [
+        "text_encoder penultimate",
+        "text_encoder_2 penultimate",
+        "text_encoder_2 pooled",
+    ]
+    other = plugins.json("show", "sd15")
+    assert (other["components"], other["conditioning"]) == (["text_encoder", "unet"], ["text_encoder last"])
+    assert "conditioning: ['text_encoder last']" in plugins.text("show", "sd15")
+    for name in ("embedding_magnitude", "diffusers", "sdxl", "sd15", "gaussian"):
         assert plugins.text("show", name).startswith(f"{name} (")
     assert "options: none" in plugins.text("show", "embedding_magnitude")
 

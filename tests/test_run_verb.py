@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_models import target_layers
 
 import lora_forge
-from lora_forge.builtin.sdxl.backend import SdxlBackend
 from lora_forge.cli.main import main
+from lora_forge.clip_unet.backend import ClipUnetBackend
+from lora_forge.clip_unet.family import Family
 from lora_forge.config.model import shipped_folder
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -58,7 +60,7 @@ def metadata(path: Path | str) -> dict[str, str]:
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
-    """The JSON of a run of two steps on tiny_sdxl."""
+    """The JSON of a run of two steps, on tiny_sdxl unless the arguments name another model."""
     capsys.readouterr()
     code = main([*TINY, *map(str, arguments), "--json"])
     printed = capsys.readouterr()
@@ -70,12 +72,13 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict
 LONG = "an owl " * 50 + "and the end of it is cut"
 
 
-@pytest.mark.parametrize("seconds", [False, True])
+@pytest.mark.parametrize(
+    ("model", "option"), [("tiny_sdxl", "--prompt"), ("tiny_sdxl", "--prompt-2"), ("tiny_sd15", "--prompt")]
+)
 def test_what_a_prompt_has_beyond_75_tokens_is_quoted_in_a_warning(
-    capsys: pytest.CaptureFixture[str], seconds: bool
+    capsys: pytest.CaptureFixture[str], model: str, option: str
 ) -> None:
-    prompts = ["--prompt-2", LONG] if seconds else ["--prompt", LONG]
-    assert main([*TINY, *prompts, "-o", "owl.safetensors"]) == 0
+    assert main([*TINY, "--model", model, option, LONG, "-o", "owl.safetensors"]) == 0
     printed = capsys.readouterr()
     kept = "an owl " * 37 + "an"  # 75 tokens: each word is one
     (warning,) = [line for line in printed.err.splitlines() if "cut off" in line]
@@ -107,46 +110,54 @@ def test_json_is_one_object_alone_on_stdout_whatever_else_is_printed(cli: Cli, h
 
 
 def test_without_json_the_table_the_path_and_the_lines_that_use_the_file_are_on_stdout(
-    capsys: pytest.CaptureFixture[str], tiny_folder: Path
+    capsys: pytest.CaptureFixture[str], family: Family, model: str, model_folder: Path
 ) -> None:
-    assert main([*TINY, "-o", "owl.safetensors"]) == 0
+    assert main([*TINY, "--model", model, "-o", "owl.safetensors"]) == 0
     printed = capsys.readouterr()
-    for text in ("before", "after", "embedding_magnitude", "L2", "unet", "136", "‖ΔW‖", "relative shift", "cosine"):
+    unet = str(len(target_layers(model)["unet"]))
+    conditioning = {
+        "sdxl": ("text_encoder penultimate", "text_encoder_2 penultimate", "text_encoder_2 pooled"),
+        "sd15": ("text_encoder last",),
+    }
+    words = ("before", "after", "embedding_magnitude", "L2", "unet", unet, "‖ΔW‖", "relative shift", "cosine")
+    for text in (*words, *family.encoders, "conditioning", *conditioning[family.name]):
         assert text in printed.out
     lines = printed.out.splitlines()
     assert "owl.safetensors" in lines
     start = lines.index("pipe.load_lora_weights('owl.safetensors')")
-    assert f"from_pretrained({str(tiny_folder)!r}" in lines[start - 1]
+    assert f"diffusers.{family.pipeline}.from_pretrained({str(model_folder)!r}" in lines[start - 1]
     assert lines[start + 1].startswith("image = pipe('an owl'")
     assert "steps/s" in printed.err
-    assert "warning: inert: the objective cannot reach unet (136 of 136 layers)" in printed.err
+    assert f"warning: inert: the objective cannot reach unet ({unet} of {unet} layers)" in printed.err
 
 
 def test_a_dry_run_prints_the_resolved_run_reads_no_weights_and_writes_nothing(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family: Family, model: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_weights(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(SdxlBackend, "load", no_weights)
-    record = run_json(capsys, "--dry-run", "--seed", "3", "--loss", "embedding_magnitude:0.5")
+    monkeypatch.setattr(ClipUnetBackend, "load", no_weights)
+    record = run_json(capsys, "--model", model, "--dry-run", "--seed", "3", "--loss", "embedding_magnitude:0.5")
     assert record["prompt"] == "an owl"
-    assert (record["model"], record["seed"], record["iterations"]) == ("tiny_sdxl", 3, 2)
-    assert record["layers"] == {"text_encoder": 12, "text_encoder_2": 16, "unet": 136}
-    assert record["loaded"] == ["text_encoder", "text_encoder_2"]
+    assert (record["model"], record["seed"], record["iterations"]) == (model, 3, 2)
+    assert record["layers"] == {component: len(layers) for component, layers in target_layers(model).items()}
+    assert record["loaded"] == list(family.encoders)
     assert [(loss["name"], loss["weight"]) for loss in record["loss"]] == [("embedding_magnitude", 0.5)]
     assert record["output"] == "output/an_owl_lora.safetensors"
 
-    assert main([*TINY, "--dry-run"]) == 0
+    assert main([*TINY, "--model", model, "--dry-run"]) == 0
     table = capsys.readouterr().out
-    for text in ("an owl", "tiny_sdxl", "embedding_magnitude", "adamw", "gaussian", "output/an_owl_lora.safetensors"):
+    for text in ("an owl", model, "embedding_magnitude", "adamw", "gaussian", "output/an_owl_lora.safetensors"):
         assert text in table
     assert list(here.iterdir()) == []
 
 
-def test_a_dry_run_and_its_run_name_the_same_file_and_resolve_to_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    record = run_json(capsys, "--dry-run", "-o", "out/owl")
-    result = run_json(capsys, "-o", "out/owl")
+def test_a_dry_run_and_its_run_name_the_same_file_and_resolve_to_the_same(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = run_json(capsys, "--model", model, "--dry-run", "-o", "out/owl")
+    result = run_json(capsys, "--model", model, "-o", "out/owl")
     assert record["output"] == result["path"] == "out/owl.safetensors"
     written = json.loads(metadata("out/owl.safetensors")["lora_forge"])["run"]
     assert written == {key: record[key] for key in written}
@@ -172,24 +183,22 @@ def test_without_an_output_the_file_is_named_after_the_prompt(
 def test_the_same_seed_gives_the_same_bytes_in_every_process_and_in_the_seeds_own_spellings(
     cli: Cli, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = cli(*TINY, "--output", "one/owl.safetensors")
     spelled = ("run", "--prompt", "an owl", "--iterations", "2", "--model_name", "tiny_sdxl")
-    two = cli(*spelled, "--output_path", "two/owl.safetensors", cwd=here)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    run_json(capsys, "-o", "three/owl.safetensors")
+    process = cli(*spelled, "--output_path", "one/owl.safetensors", cwd=here)
+    assert process.returncode == 0, process.stderr
+    run_json(capsys, "-o", "two/owl.safetensors")
     run_json(capsys, "-o", "other/owl.safetensors", "--seed", "1")
     content = (here / "one/owl.safetensors").read_bytes()
     assert (here / "two/owl.safetensors").read_bytes() == content
-    assert (here / "three/owl.safetensors").read_bytes() == content
     assert (here / "other/owl.safetensors").read_bytes() != content
 
 
-def test_zero_iterations_write_the_initial_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run_json(capsys, "--iterations", "0", "--saver", "diffusers", "-o", "owl.safetensors")
+def test_zero_iterations_write_the_initial_weights(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_json(capsys, "--model", model, "--iterations", "0", "--saver", "diffusers", "-o", "owl.safetensors")
     assert result["steps"] == []
     assert result["before"] == result["after"]
     tensors = load_file("owl.safetensors")
-    initial = lora_forge.run("an owl", "tiny_sdxl", iterations=0).weights
+    initial = lora_forge.run("an owl", model, iterations=0).weights
     assert len(tensors) == 2 * sum(len(layers) for layers in initial.values())
     for component, layers in initial.items():
         for layer, pair in layers.items():
@@ -232,15 +241,15 @@ def test_a_source_date_epoch_that_is_no_time_is_refused(
 
 
 def test_no_path_host_or_user_of_this_machine_is_in_the_file(
-    here: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+    model: str, model_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     private = here / "private place"
     private.mkdir()
     (private / "quiet.py").write_text(PLUGIN, encoding="utf-8")
-    shutil.copy(shipped_folder() / "tiny_sdxl_config.json", private / "mine_config.json")
-    first = run_json(capsys, "-o", private / "first.safetensors")
+    shutil.copy(shipped_folder() / f"{model}_config.json", private / "mine_config.json")
+    first = run_json(capsys, "--model", model, "-o", private / "first.safetensors")
     assert first["path"] == str(private / "first.safetensors")
-    base: list[str | Path] = ["--model", private / "mine_config.json", "--base-model", tiny_folder]
+    base: list[str | Path] = ["--model", private / "mine_config.json", "--base-model", model_folder]
     plugin: list[str | Path] = [
         "--plugin",
         private / "quiet.py",
@@ -259,14 +268,14 @@ def test_no_path_host_or_user_of_this_machine_is_in_the_file(
 
     content = (private / "owl.safetensors").read_bytes()
     header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
-    paths = {str(here), here.name, private.name, str(tiny_folder.parent), str(Path.home())}
+    paths = {str(here), here.name, private.name, str(model_folder.parent), str(Path.home())}
     for path in (*paths, str(Path(lora_forge.__file__).parents[1])):
         assert path not in header
         assert path.encode() not in content
     for name in (socket.gethostname(), platform.node(), getpass.getuser()):
         assert not re.search(rf"\b{re.escape(name)}\b", header)
     record = json.loads(metadata(private / "owl.safetensors")["lora_forge"])["run"]
-    assert record["base_model"] == tiny_folder.name
+    assert record["base_model"] == model_folder.name
     assert record["model"] == "mine"
     assert record["init_from"].startswith("first.safetensors sha256:")
     assert record["loss"][0]["options"] == {"table": "table.txt"}
@@ -274,11 +283,14 @@ def test_no_path_host_or_user_of_this_machine_is_in_the_file(
     assert record["loss"][0]["distribution"] == "quiet"
 
 
-def test_the_file_says_who_made_it_from_what_and_with_which_versions(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run_json(capsys, "--prompt-2", "a fox", "--seed", "5", "-o", "owl.safetensors")
+def test_the_file_says_who_made_it_from_what_and_with_which_versions(
+    family: Family, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = ["--prompt-2", "a fox"] if len(family.encoders) > 1 else []
+    result = run_json(capsys, "--model", model, *second, "--seed", "5", "-o", "owl.safetensors")
     record = json.loads(metadata("owl.safetensors")["lora_forge"])
     assert record["run"]["prompt"] == "an owl"
-    assert record["run"]["prompt_2"] == "a fox"
+    assert record["run"]["prompt_2"] == ("a fox" if second else None)
     assert record["run"]["seed"] == 5
     assert len(record["run"]["model_config_sha256"]) == 64
     assert record["effect"] == result["effect"]
@@ -296,4 +308,5 @@ def test_the_file_says_who_made_it_from_what_and_with_which_versions(capsys: pyt
         supplier = record["run"][kind]
         assert (supplier["distribution"], supplier["version"]) == ("lora-forge", lora_forge.__version__)
         assert supplier["module"].startswith("lora_forge.builtin.")
+    assert record["run"]["backend"]["name"] == family.name
     assert "seconds" not in json.dumps(record)

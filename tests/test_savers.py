@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_reader import load_whole
+from diffusers_reader import load_whole, open_pipeline
 from safetensors import safe_open
+from tiny_models import layout_of, target_layers
 
 import lora_forge
 from lora_forge.builtin import savers
+from lora_forge.clip_unet.family import Family
 from lora_forge.contracts import LoraWeights, SaveRequest
 from lora_forge.derive import derive_model_config
 from lora_forge.plugins import discover
@@ -21,25 +23,59 @@ SAVERS = {"safetensors": savers.universal, "diffusers": savers.diffusers}
 PROMPT = "a „strange“ 🦉 prompt"
 
 
+FILED_BY = {
+    "sdxl": {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.resolution": "1024x1024",
+    },
+    "sd15": {
+        "ss_base_model_version": "sd_v1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.resolution": "512x512",
+    },
+}
+SPELLED = {
+    "sdxl": (
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_out_0",
+        "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj",
+        "lora_unet_output_blocks_0_1_proj_in",
+        "lora_unet_middle_block_0_emb_layers_1",
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_te2_text_model_encoder_layers_3_mlp_fc2",
+    ),
+    "sd15": (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+        "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0",
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj",
+        "lora_unet_mid_block_resnets_0_time_emb_proj",
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_te_text_model_encoder_layers_2_mlp_fc2",
+    ),
+}
+Sizes = dict[tuple[str, str], tuple[int, int]]
+
+
 @pytest.fixture(scope="module")
-def pipe(tiny_folder: Path) -> Any:
-    from diffusers import StableDiffusionXLPipeline
-
-    return StableDiffusionXLPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
+def pipe(family: Family, model_folder: Path) -> Any:
+    return open_pipeline(family.name, model_folder)
 
 
 @pytest.fixture(scope="module")
-def every_block_layer(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[int, int]]:
-    """`[out, in]` of every linear layer within the blocks of tiny_sdxl."""
-    config = derive_model_config("tiny_sdxl", ["all"], discover(), backend="sdxl", rank=4, alpha=4)
+def every_block_layer(family: Family, model: str) -> Sizes:
+    """`[out, in]` of every linear layer within the blocks of a tiny model."""
+    config = derive_model_config(model, ["all"], discover(), backend=family.name, rank=4, alpha=4)
     return {
         (component, layer): tuple(size)
-        for component in ("text_encoder", "text_encoder_2", "unet")
+        for component in family.components
         for layer, size in config[f"layer_dimensions_{component}"].items()
     }
 
 
-def random_weights(sizes: dict[tuple[str, str], tuple[int, int]], rank: int) -> LoraWeights:
+def random_weights(sizes: Sizes, rank: int) -> LoraWeights:
     """Random A and B, B of the UNet too, so that each layer's ΔW is a check."""
     generator = torch.Generator().manual_seed(3)
     weights: LoraWeights = {}
@@ -51,12 +87,10 @@ def random_weights(sizes: dict[tuple[str, str], tuple[int, int]], rank: int) -> 
     return weights
 
 
-def save_request(path: Path, weights: LoraWeights, rank: int, alpha: float) -> SaveRequest:
-    return SaveRequest(path, weights, rank, alpha, "sdxl", PROMPT, {"lora_forge": "{}"})
-
-
-def saved(saver: str, path: Path, weights: LoraWeights, rank: int, alpha: float) -> Path:
-    assert not SAVERS[saver](save_request(path, weights, rank, alpha)).padded
+def saved(saver: str, family: Family, path: Path, weights: LoraWeights, rank: int, alpha: float) -> Path:
+    metadata = {"lora_forge": "{}"}
+    request = SaveRequest(path, weights, rank, alpha, family.name, PROMPT, metadata, layout_of(family.name))
+    assert not SAVERS[saver](request).padded
     return path
 
 
@@ -69,18 +103,13 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 10.0), (4, 3.0), (3, 10.0)])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 3.0), (3, 10.0)])
 @pytest.mark.parametrize("saver", SAVERS)
 def test_diffusers_loads_every_layer_of_a_file_with_the_delta_it_was_made_with(
-    pipe: Any,
-    every_block_layer: dict[tuple[str, str], tuple[int, int]],
-    tmp_path: Path,
-    saver: str,
-    rank: int,
-    alpha: float,
+    pipe: Any, family: Family, every_block_layer: Sizes, tmp_path: Path, saver: str, rank: int, alpha: float
 ) -> None:
     weights = random_weights(every_block_layer, rank)
-    loaded = load_whole(pipe, saved(saver, tmp_path / "all.safetensors", weights, rank, alpha))
+    loaded = load_whole(pipe, saved(saver, family, tmp_path / "all.safetensors", weights, rank, alpha))
 
     assert loaded.keys() == every_block_layer.keys()
     for (component, layer), layer_loaded in loaded.items():
@@ -97,14 +126,16 @@ def test_diffusers_loads_every_layer_of_a_file_with_the_delta_it_was_made_with(
 @pytest.mark.parametrize("alpha", [4.0, 10.0])
 @pytest.mark.parametrize("saver", SAVERS)
 def test_diffusers_loads_a_run_s_file_with_the_delta_of_its_result(
-    pipe: Any, tmp_path: Path, saver: str, alpha: float
+    pipe: Any, model: str, tmp_path: Path, saver: str, alpha: float
 ) -> None:
     output = tmp_path / "run.safetensors"
-    result = lora_forge.run(PROMPT, "tiny_sdxl", iterations=3, alpha=alpha, saver=saver, output=output)
+    result = lora_forge.run(PROMPT, model, iterations=3, alpha=alpha, saver=saver, output=output)
     loaded = load_whole(pipe, output)
 
     assert result.padded == result.dropped == ()
-    assert loaded.keys() == {(component, layer) for component, layers in result.weights.items() for layer in layers}
+    assert loaded.keys() == {
+        (component, layer) for component, layers in target_layers(model).items() for layer in layers
+    }
     for (component, layer), layer_loaded in loaded.items():
         pair = result.weights[component][layer]
         expected = alpha / 4 * pair["lora_B"] @ pair["lora_A"]
@@ -118,10 +149,10 @@ def test_diffusers_loads_a_run_s_file_with_the_delta_of_its_result(
 
 @pytest.mark.parametrize("saver", SAVERS)
 def test_lora_state_dict_reads_the_file_for_this_unet(
-    pipe: Any, every_block_layer: dict[tuple[str, str], tuple[int, int]], tmp_path: Path, saver: str
+    pipe: Any, family: Family, every_block_layer: Sizes, tmp_path: Path, saver: str
 ) -> None:
     weights = random_weights(every_block_layer, 4)
-    path = saved(saver, tmp_path / "all.safetensors", weights, 4, 10.0)
+    path = saved(saver, family, tmp_path / "all.safetensors", weights, 4, 10.0)
     state, alphas = type(pipe).lora_state_dict(str(path), unet_config=pipe.unet.config)
 
     assert len(state) == 2 * len(every_block_layer)
@@ -133,22 +164,13 @@ def test_lora_state_dict_reads_the_file_for_this_unet(
 
 
 def test_the_default_file_names_its_layers_as_every_reader_does(
-    every_block_layer: dict[tuple[str, str], tuple[int, int]], tmp_path: Path
+    family: Family, every_block_layer: Sizes, tmp_path: Path
 ) -> None:
-    path = saved("safetensors", tmp_path / "all.safetensors", random_weights(every_block_layer, 4), 4, 10.0)
+    path = saved("safetensors", family, tmp_path / "all.safetensors", random_weights(every_block_layer, 4), 4, 10.0)
     tensors, _ = contents(path)
     names = {name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")}
 
-    for name in (
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_out_0",
-        "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj",
-        "lora_unet_output_blocks_0_1_proj_in",
-        "lora_unet_middle_block_0_emb_layers_1",
-        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
-        "lora_te2_text_model_encoder_layers_3_mlp_fc2",
-    ):
-        assert name in names
+    assert set(SPELLED[family.name]) <= names
     assert tensors.keys() == {f"{n}{end}" for n in names for end in (".lora_down.weight", ".lora_up.weight", ".alpha")}
     assert len(names) == len(every_block_layer)
     for name in names:
@@ -157,10 +179,10 @@ def test_the_default_file_names_its_layers_as_every_reader_does(
 
 
 def test_the_diffusers_file_speaks_canonical_names_and_folds_alpha_in(
-    every_block_layer: dict[tuple[str, str], tuple[int, int]], tmp_path: Path
+    family: Family, every_block_layer: Sizes, tmp_path: Path
 ) -> None:
     weights = random_weights(every_block_layer, 4)
-    tensors, _ = contents(saved("diffusers", tmp_path / "all.safetensors", weights, 4, 10.0))
+    tensors, _ = contents(saved("diffusers", family, tmp_path / "all.safetensors", weights, 4, 10.0))
 
     expected = {f"{c}.{layer}.{m}.weight" for c, layer in every_block_layer for m in ("lora_A", "lora_B")}
     assert tensors.keys() == expected
@@ -172,17 +194,17 @@ def test_the_diffusers_file_speaks_canonical_names_and_folds_alpha_in(
 
 
 @pytest.mark.parametrize("saver", SAVERS)
-def test_a_file_says_what_user_interfaces_file_it_by_and_how_it_was_made(tmp_path: Path, saver: str) -> None:
+def test_a_file_says_what_user_interfaces_file_it_by_and_how_it_was_made(
+    family: Family, model: str, tmp_path: Path, saver: str
+) -> None:
     output = tmp_path / "owl.safetensors"
     result = lora_forge.run(
-        PROMPT, "tiny_sdxl", iterations=2, alpha=10, seed=5, saver=saver, output=output, loss="embedding_magnitude:0.5"
+        PROMPT, model, iterations=2, alpha=10, seed=5, saver=saver, output=output, loss="embedding_magnitude:0.5"
     )
     _, metadata = contents(output)
 
-    assert metadata["ss_base_model_version"].startswith("sdxl_")
-    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert {name: metadata[name] for name in FILED_BY[family.name]} == FILED_BY[family.name]
     assert metadata["modelspec.sai_model_spec"] == "1.0.1"
-    assert metadata["modelspec.implementation"]
     assert metadata["modelspec.title"]
     assert metadata["ss_output_name"]
     assert metadata["modelspec.trigger_phrase"] == PROMPT
@@ -193,14 +215,14 @@ def test_a_file_says_what_user_interfaces_file_it_by_and_how_it_was_made(tmp_pat
     assert json.loads(metadata["ss_network_args"]) == {}
     assert "lora_adapter_metadata" not in metadata
     assert {name: metadata[name] for name in result.metadata} == result.metadata
-    _check_record(json.loads(metadata["lora_forge"]), result, saver)
+    _check_record(json.loads(metadata["lora_forge"]), result, model, saver)
 
 
-def _check_record(record: dict[str, Any], result: lora_forge.RunResult, saver: str) -> None:
+def _check_record(record: dict[str, Any], result: lora_forge.RunResult, model: str, saver: str) -> None:
     run = record["run"]
-    config = json.loads((Path(__file__).parent.parent / "model_config" / "tiny_sdxl_config.json").read_text())
+    config = json.loads((Path(__file__).parent.parent / "model_config" / f"{model}_config.json").read_text())
     assert run["prompt"] == PROMPT
-    assert run["model"] == run["base_model"] == "tiny_sdxl"
+    assert run["model"] == run["base_model"] == model
     assert (run["seed"], run["iterations"], run["rank"], run["alpha"], run["l2"]) == (5, 2, 4, 10, 1e-5)
     assert run["model_config_sha256"] == _digest(config)
     assert [(term["name"], term["weight"]) for term in run["loss"]] == [("embedding_magnitude", 0.5)]

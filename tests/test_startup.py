@@ -20,6 +20,7 @@ RIGHT = (
     "plugins list --json",
     "plugins show adamw",
     "plugins show sdxl",
+    "plugins show sd15",
     "models list",
     "run --help",
 )
@@ -27,6 +28,7 @@ WRONG = (
     "run --prompt owl --model no_such_model",
     "run --prompt owl --model tiny_sdxl --loss no_such_loss",
     "run --prompt owl --model tiny_sdxl --output .",
+    "run --prompt owl --model tiny_sd15 --loss no_such_loss",
 )
 COMMANDS = RIGHT + WRONG
 # One process for all of them, in order: what one imports is held against it, and against those after it.

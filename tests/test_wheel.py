@@ -16,9 +16,15 @@ PROBE = """
 import json, sys
 import lora_forge
 from lora_forge.config.model import shipped_folder
-from lora_forge.builtin.sdxl.sources import CONFIGS
-print(json.dumps([lora_forge.__file__, str(shipped_folder()), str(CONFIGS)]))
+from lora_forge.builtin.sd15.family import SD15
+from lora_forge.builtin.sdxl.family import SDXL
+print(json.dumps([lora_forge.__file__, *map(str, (shipped_folder(), SDXL.configs, SD15.configs))]))
 """
+
+CONFIGS = {
+    "sdxl": ("tokenizer/vocab.json", "tokenizer_2/merges.txt", "unet/config.json", "NOTICE.md"),
+    "sd15": ("tokenizer/vocab.json", "tokenizer/merges.txt", "unet/config.json", "NOTICE.md"),
+}
 
 pytestmark = pytest.mark.slow
 
@@ -60,12 +66,12 @@ def test_the_wheel_holds_the_package_its_configs_and_nothing_else(wheel: Path) -
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"lora_forge"}
     for config in (CHECKOUT / "model_config").glob("*.json"):
         assert f"lora_forge/model_config/{config.name}" in names
-    configs = CHECKOUT / "lora_forge" / "builtin" / "sdxl" / "configs"
-    for path in configs.rglob("*"):
-        if path.is_file():
-            assert f"lora_forge/builtin/sdxl/configs/{path.relative_to(configs).as_posix()}" in names
-    for name in ("tokenizer/vocab.json", "tokenizer_2/merges.txt", "unet/config.json", "NOTICE.md"):
-        assert f"lora_forge/builtin/sdxl/configs/{name}" in names
+    for family, files in CONFIGS.items():
+        folder = f"lora_forge/builtin/{family}/configs"
+        there = [path for path in (CHECKOUT / folder).rglob("*") if path.is_file()]
+        assert {path.relative_to(CHECKOUT).as_posix() for path in there} <= set(names)
+        assert {f"{folder}/{name}" for name in files} <= set(names)
+        assert any(name.endswith(f"licenses/{folder}/NOTICE.md") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     templates = CHECKOUT / "lora_forge" / "scaffold" / "templates"
     for path in templates.rglob("*.tmpl"):
@@ -82,7 +88,7 @@ def test_every_module_of_the_package_is_in_the_wheel(wheel: Path) -> None:
 def test_the_installed_package_runs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     probe = outside(installed, tmp_path, "-c", PROBE)
     assert probe.returncode == 0, probe.stderr
-    assert [Path(path).is_relative_to(installed) for path in json.loads(probe.stdout)] == [True, True, True]
+    assert [Path(path).is_relative_to(installed) for path in json.loads(probe.stdout)] == [True] * 4
 
     listed = outside(installed, tmp_path, "-m", "lora_forge", "models", "list")
     assert listed.returncode == 0, listed.stderr

@@ -8,32 +8,29 @@ from typing import TYPE_CHECKING
 
 from lora_forge import SaverSpec, hookimpl
 from lora_forge.contracts import LoraWeights, SaveReport, SaveRequest
+from lora_forge.errors import LoraForgeError
 from lora_forge.files.canonical import write_safetensors
 from lora_forge.files.names import diffusers_name, file_stem, missing_siblings, universal_name
 
 if TYPE_CHECKING:
     import torch
 
-_ARCHITECTURE = {
-    "sdxl": {
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.resolution": "1024x1024",
-        "ss_v2": "False",
-    },
-}
-
 
 def universal(request: SaveRequest) -> SaveReport:
-    """kohya's keys with the original checkpoint's block names, and alpha for every layer."""
+    """kohya's keys, and alpha for every layer. Raises LoraForgeError for a family that has no such layout."""
     import torch
 
+    layout = request.layout
+    if layout is None:
+        family = repr(request.family)
+        raise LoraForgeError(
+            f"the universal layout has no names for the family {family}; choose another saver, such as 'diffusers'"
+        )
     weights, padded = _padded(request.weights)
     tensors: dict[str, torch.Tensor] = {}
     for component, layers in weights.items():
         for layer, pair in layers.items():
-            name = universal_name(request.family, component, layer)
+            name = universal_name(layout, component, layer)
             tensors[f"{name}.lora_down.weight"] = pair["lora_A"]
             tensors[f"{name}.lora_up.weight"] = pair["lora_B"]
             tensors[f"{name}.alpha"] = torch.tensor(request.alpha, dtype=torch.float32)
@@ -81,7 +78,6 @@ def _metadata(request: SaveRequest) -> dict[str, str]:
         "ss_network_args": "{}",
         "ss_output_name": file_stem(request.prompt),
         "ss_tag_frequency": json.dumps({"prompt": {request.prompt: 1}}, ensure_ascii=False),
-        **_ARCHITECTURE.get(request.family, {}),
         **request.metadata,
     }
 
@@ -92,6 +88,7 @@ def lora_forge_savers() -> Iterator[SaverSpec]:
         name="safetensors",
         summary="the layout that diffusers, ComfyUI, Forge, A1111, InvokeAI and sd-scripts all load whole",
         factory=universal,
+        needs_layout=True,
     )
     yield SaverSpec(
         name="diffusers",

@@ -16,7 +16,9 @@ def json_alone(as_json: bool) -> Iterator[Callable[[object], None]]:
     stdout = sys.stdout
 
     def answer(record: object) -> None:
-        click.echo(json.dumps(record, ensure_ascii=False), file=stdout)
+        text = json.dumps(record, ensure_ascii=False)
+        # Half a surrogate pair, of a hostile file, is no Unicode; its escape is JSON.
+        click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"), file=stdout)
 
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         yield answer

@@ -143,7 +143,7 @@ def _layer_table(result: RunResult) -> Table:
 
 
 def _shift_table(result: RunResult) -> Table:
-    table = Table("conditioning", "relative shift", "cosine", title="what the UNet sees", title_justify="left")
+    table = Table("", "relative shift", "cosine", title="conditioning", title_justify="left")
     for shift in result.effect.shifts:
         table.add_row(shift.name, f"{shift.relative:.4g}", f"{shift.cosine:.6f}")
     return table

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from lora_forge.cli.plugins.options import plugin_files
 from lora_forge.config.model import ModelConfig, read_model_config, shipped_names
 
 
@@ -76,7 +77,8 @@ def show_model(name: str, as_json: bool) -> None:
 )
 @click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True, help="LoRA rank")
 @click.option("--alpha", type=float, default=None, help="LoRA alpha  [default: the rank]")
-@click.option("--backend", default="sdxl", show_default=True, help="the backend that knows the model")
+@click.option("--backend", default=None, help="the backend that knows the model  [default: the one that recognizes it]")
+@plugin_files
 @click.option("-o", "--output", type=Path, default=None, help="file to write  [default: NAME_config.json]")
 @click.option("--overwrite", is_flag=True, help="replace the file if it exists")
 def new_model(
@@ -85,19 +87,20 @@ def new_model(
     targets: tuple[str, ...],
     rank: int,
     alpha: float | None,
-    backend: str,
+    backend: str | None,
+    files: tuple[Path, ...],
     output: Path | None,
     overwrite: bool,
 ) -> None:
     """Derive a model config from a model's architecture, dimensions and all, without reading its weights."""
     from lora_forge.cli.registry import open_registry
     from lora_forge.derive import derive_model_config
-    from lora_forge.saving import check_output
+    from lora_forge.output import check_output
 
     path = output or Path(f"{name}_config.json")
     check_output(path, overwrite=overwrite)
     alpha = rank if alpha is None else alpha
-    data = derive_model_config(base_model, targets, open_registry(), backend=backend, rank=rank, alpha=alpha)
+    data = derive_model_config(base_model, targets, open_registry(files), backend=backend, rank=rank, alpha=alpha)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(data, indent=1))
     path.write_text(text + "\n", encoding="utf-8")

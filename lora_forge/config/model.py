@@ -25,11 +25,11 @@ class ModelConfig:
 
     targets: `{component: (layer, …)}`, full canonical paths or suffixes such as `q_proj`.
     dimensions: `{component: {layer: (out, in)}}`, keyed the same two ways.
-    digest: sha256 of the canonical JSON.
+    backend: None for the one that recognizes the base model. digest: sha256 of the canonical JSON.
     """
 
     name: str
-    backend: str
+    backend: str | None
     base_model: str | None
     lora_rank: int
     lora_alpha: float
@@ -99,7 +99,7 @@ def parse_model_config(data: Any, *, name: str, source: str) -> ModelConfig:
             problems.append(Problem(f"{DIMENSIONS}{component}", "is missing"))
     config = ModelConfig(
         name=name,
-        backend=_text(data, "backend", problems) or "sdxl",
+        backend=_text(data, "backend", problems),
         base_model=_text(data, "base_model", problems),
         lora_rank=_integer(data, "lora_rank", 1, problems) or 1,
         lora_alpha=_number(data, "lora_alpha", problems, above_zero=True) or 1.0,

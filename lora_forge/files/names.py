@@ -1,9 +1,9 @@
 """What a target layer is called in a LoRA file: the universal layout, and diffusers' spelling.
 
-Universal is the one layout that diffusers, ComfyUI, Forge, A1111, InvokeAI and sd-scripts all read whole:
-`lora_unet_<ldm block names>`, `lora_te1_text_model_…`, `lora_te2_text_model_…`, `.lora_down.weight`,
-`.lora_up.weight`, and `.alpha` for every layer. ldm block names are those of the original checkpoints
-(CompVis latent-diffusion, Stability AI generative-models).
+Universal is the one layout of a family that diffusers, ComfyUI, Forge, A1111, InvokeAI and sd-scripts all read
+whole: a prefix for each component (`lora_unet`, `lora_te1`, …), the layer's name with `_` for `.`,
+`.lora_down.weight`, `.lora_up.weight`, and `.alpha` for every layer. The name is the canonical one, or that of
+the original checkpoints (CompVis latent-diffusion, Stability AI generative-models), which is the family's to say.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import hashlib
 import re
 
 from lora_forge.errors import LoraForgeError
+from lora_forge.records import FileLayout
 
-# A UNet of this family has two resnets per block, so each block is three ldm blocks long.
+# A UNet with two resnets per block: each block is three ldm blocks long.
 _STRIDE = 3
 _RESNET = {
     "conv1": "in_layers.2",
@@ -26,32 +27,50 @@ _OUTSIDE = {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+}
+_SAMPLER = re.compile(r"(down|up)_blocks\.(\d+)\.\1samplers\.0\.conv\Z")
+# Every layer that carries a LoRA in CLIP text encoders and a UNet with two resnets per block, and no other.
+_TEXT_LAYER = re.compile(
+    r"(?:text_model\.encoder\.layers\.(?:0|[1-9][0-9]?)\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])"
+    r"|text_projection)\Z"
+)
+_LAYERS = {
+    "text_encoder": _TEXT_LAYER,
+    "text_encoder_2": _TEXT_LAYER,
+    "unet": re.compile(
+        r"(?:(?:down_blocks\.[0-3]\.(?:attentions|resnets)\.[01]|up_blocks\.[0-3]\.(?:attentions|resnets)\.[0-2]"
+        r"|mid_block\.(?:attentions\.0|resnets\.[01]))\."
+        r"(?:(?<=attentions\..\.)(?:proj_in|proj_out|transformer_blocks\.(?:0|[1-9][0-9]?)\."
+        r"(?:attn[12]\.(?:to_q|to_k|to_v|to_out\.0)|ff\.net\.(?:0\.proj|2)))"
+        r"|(?<=resnets\..\.)(?:conv1|conv2|time_emb_proj|conv_shortcut))"
+        r"|(down|up)_blocks\.[0-3]\.\1samplers\.0\.conv"
+        r"|(?:time|add)_embedding\.linear_[12]|conv_in|conv_out)\Z"
+    ),
 }
 _BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions)\.(\d+)\.(.+)\Z")
-_ENCODER_PREFIX = {
-    "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-}
 
 
-def universal_name(family: str, component: str, layer: str) -> str:
-    """A layer's name in the universal layout, without the `.lora_down.weight` and so on.
+def universal_name(layout: FileLayout, component: str, layer: str) -> str:
+    """A layer's name in a family's universal layout, without the `.lora_down.weight` and so on.
 
-    Raises LoraForgeError for a family or layer the layout has no name for.
+    Raises LoraForgeError for a layer the layout has no name for.
     """
-    prefixes = _ENCODER_PREFIX.get(family)
-    if prefixes is None:
-        raise LoraForgeError(f"the universal layout has no names for the family {family!r}; choose another saver")
-    if component == "unet":
-        return f"lora_unet_{ldm_path(layer)}".replace(".", "_")
-    if component not in prefixes:
+    if component not in layout.prefixes:
         raise LoraForgeError(f"the universal layout has no name for {component}.{layer}")
-    return f"{prefixes[component]}_{layer}".replace(".", "_")
+    name = ldm_path(layer) if component in layout.ldm_names else layer
+    return f"{layout.prefixes[component]}_{name}".replace(".", "_")
 
 
 def ldm_path(layer: str) -> str:
     """A diffusers path of a UNet layer as the path in the original checkpoint."""
     if layer in _OUTSIDE:
         return _OUTSIDE[layer]
+    sampler = _SAMPLER.match(layer)
+    if sampler:  # the original has them at the end of a block; in SDXL, only after attentions
+        last = _STRIDE * int(sampler.group(2))
+        return f"input_blocks.{last + 3}.0.op" if sampler.group(1) == "down" else f"output_blocks.{last + 2}.2.conv"
     match = _BLOCK.match(layer)
     if match is None:
         raise LoraForgeError(f"the universal layout has no name for unet.{layer}")
@@ -74,6 +93,12 @@ def ldm_path(layer: str) -> str:
 def diffusers_name(component: str, layer: str) -> str:
     """A layer's name in diffusers' spelling, without `.lora_A.weight` and so on."""
     return f"{component}.{layer}"
+
+
+def is_layer(component: str | None, layer: str | None) -> bool:
+    """Whether a canonical name is that of a layer of a CLIP text encoder or a UNet, as SD 1.x, 2 and XL have them."""
+    pattern = _LAYERS.get(component or "")
+    return pattern is not None and layer is not None and pattern.match(layer) is not None
 
 
 def file_stem(prompt: str) -> str:

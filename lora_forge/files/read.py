@@ -1,71 +1,90 @@
-"""Reading a LoRA back: the layouts our savers write, for layers that are known."""
+"""Reading a LoRA back, whoever wrote it, for layers that are known."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lora_forge.contracts import LoraWeights, TargetLayer
-from lora_forge.errors import LoraFileError, LoraForgeError
+from lora_forge.contracts import LayerKey, LoraWeights, TargetLayer
+from lora_forge.errors import LoraFileError, LoraForgeError, printable
+from lora_forge.files.arrays import read_array
+from lora_forge.files.layer_tensors import LayerTensors, read_layer
+from lora_forge.files.lora_file import LoraFile, Part, open_lora
 from lora_forge.files.names import diffusers_name, universal_name
-
-if TYPE_CHECKING:
-    import torch
+from lora_forge.records import FileLayout
 
 
-def read_lora(path: Path, layers: Sequence[TargetLayer], *, family: str, rank: int, alpha: float) -> LoraWeights:
+def read_lora(
+    path: Path, layers: Sequence[TargetLayer], *, layout: FileLayout | None, rank: int, alpha: float
+) -> LoraWeights:
     """The file's weights for `layers`, one prompt's, float32, with B scaled so that `alpha / rank` gives its ΔW.
 
-    Layers the file lacks are absent. Raises LoraFileError when the file is not readable, holds layers that
-    are no target and not zero, or has another rank.
+    path: a file in any spelling that `open_lora` understands, or a folder of PEFT's. layout: the family's universal
+    layout, if it has one. Layers the file lacks are absent.
+    Raises LoraFileError when the file is not readable, holds layers that are no target and not zero, or has
+    another rank.
     """
-    tensors = _read_tensors(path)
+    try:
+        lora = open_lora(path)
+    except LoraFileError as error:
+        raise LoraFileError(f"{path.name} is not a readable safetensors file: {error}") from error
+    if lora.faults:
+        raise LoraFileError(f"{path.name}: {lora.faults[0]}")
+    targets = {layer.key: layer for layer in layers}
+    names = _names(targets, layout)
     result: LoraWeights = {}
-    for layer in layers:
-        pair = _find(tensors, layer, family)
-        if pair is None:
+    foreign = _not_zero(lora, _unknown(lora))
+    for found in lora.layers:
+        key = names.get(found.name) or (found.component or "", found.layer or "")
+        if key not in targets:
+            foreign += _not_zero(lora, [part for name, part in found.parts.items() if name != "alpha"])
             continue
-        down, up, file_alpha = pair
-        where = f"{path.name}: {layer.component}.{layer.name}"
-        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
-            raise LoraFileError(f"{where}: A {tuple(down.shape)} and B {tuple(up.shape)} do not fit together")
-        if down.shape[0] != rank:
-            raise LoraFileError(f"{where} has rank {down.shape[0]}, the run has rank {rank}; --rank sets it")
-        if (up.shape[0], down.shape[1]) != (layer.out_features, layer.in_features):
-            raise LoraFileError(f"{where} is {[up.shape[0], down.shape[1]]}, the model's layer is another size")
-        factor = (file_alpha / rank) / (alpha / rank)
-        result.setdefault(layer.component, {})[layer.name] = {"lora_A": down.float(), "lora_B": up.float() * factor}
-    foreign = [name for name, tensor in tensors.items() if not name.endswith(".alpha") and bool(tensor.any())]
+        if found.kind != "lora" or not set(found.parts) <= {"down", "up", "alpha"}:
+            raise LoraFileError(f"{path.name}: {printable(found.name)!r} is no plain LoRA layer")
+        one = read_layer(lora, found)
+        _check_fits(one, targets[key], rank, path)
+        factor = one.scale / (alpha / rank)
+        result.setdefault(key[0], {})[key[1]] = {"lora_A": one.down.float(), "lora_B": one.up.float() * factor}
     if foreign:
-        raise LoraFileError(f"{path.name}: {len(foreign)} tensors belong to no target layer, {foreign[0]!r} for one")
+        raise LoraFileError(
+            f"{path.name}: {len(foreign)} tensors belong to no target layer, {printable(foreign[0])!r} for one"
+        )
     if not result:
         raise LoraFileError(f"{path.name} holds none of the target layers")
-    return result
+    return {
+        component: {name: own[name] for c, name in targets if c == component and name in own}
+        for component in dict.fromkeys(component for component, _ in targets)
+        if (own := result.get(component))
+    }
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError, safe_open
+def _names(targets: dict[LayerKey, TargetLayer], layout: FileLayout | None) -> dict[str, LayerKey]:
+    """What our own savers call the target layers: of a family from a plugin, nobody else knows."""
+    names = {diffusers_name(*key): key for key in targets}
+    if layout is None:
+        return names
+    for key in targets:
+        with suppress(LoraForgeError):  # the layout may not have names for all layers
+            names[universal_name(layout, *key)] = key
+    return names
 
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise LoraFileError(f"{path.name} is not a readable safetensors file: {error}") from error
+
+def _check_fits(one: LayerTensors, target: TargetLayer, rank: int, path: Path) -> None:
+    where = f"{path.name}: {target.component}.{target.name}"
+    if one.rank != rank:
+        raise LoraFileError(f"{where} has rank {one.rank}, the run has rank {rank}; --rank sets it")
+    size = [one.up.shape[0], *one.down.shape[1:]]
+    if size != [target.out_features, target.in_features]:
+        raise LoraFileError(f"{where} is {size}, the model's layer is another size")
 
 
-def _find(
-    tensors: dict[str, torch.Tensor], layer: TargetLayer, family: str
-) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """A layer's A, B and alpha, taken out of `tensors`; None if it is not there."""
-    spelled = [(diffusers_name(layer.component, layer.name), ".lora_A.weight", ".lora_B.weight")]
-    try:
-        spelled.append((universal_name(family, layer.component, layer.name), ".lora_down.weight", ".lora_up.weight"))
-    except LoraForgeError:
-        pass  # the family has no universal layout
-    for name, a, b in spelled:
-        if name + a in tensors and name + b in tensors:
-            down, up = tensors.pop(name + a), tensors.pop(name + b)
-            stored = tensors.pop(f"{name}.alpha", None)
-            return down, up, float(stored) if stored is not None else float(down.shape[0])
-    return None
+def _unknown(lora: LoraFile) -> list[Part]:
+    keys = set(lora.unknown)
+    stored = ((file, key, one) for file, header in lora.headers.items() for key, one in header.tensors.items())
+    return [Part(file, key, one) for file, key, one in stored if key in keys]
+
+
+def _not_zero(lora: LoraFile, parts: Iterable[Part]) -> list[str]:
+    """The keys of those that hold anything."""
+    return [part.key for part in parts if read_array(lora, part).any()]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from lora_forge.bank import BankSlot
 from lora_forge.contracts import Backend, BackendRequest, TargetLayer
-from lora_forge.records import NEEDS, BackendSpec
+from lora_forge.plugins import attribute_named
+from lora_forge.records import NEEDS, BackendSpec, FileLayout
 from lora_forge.testing.backend_adapted import examine_adapted
 from lora_forge.testing.backend_model import Model, Outputs, check_same, compare_rows
 from lora_forge.testing.compare import FIRST_SEED, OTHER_MATES, SECOND_SEED, TOGETHER, listed, not_finite, shape_of
 from lora_forge.testing.examination import Book, Broken, global_seed, in_words
 
+_NO_MODEL = "this is no model"
 _TEXTS = ("a steampunk owl", "", "ein Käse 🦉")
 
 
@@ -37,11 +40,20 @@ def _check_declared(spec: BackendSpec) -> None:
         raise Broken("it declares no components: what of the model can carry a LoRA")
     if foreign := sorted(set(spec.encoders) - set(spec.components)):
         raise Broken(f"its encoders {listed(foreign)} are not among its components, {listed(spec.components, 9)}")
+    if spec.layout:
+        _check_layout(spec, spec.layout)
     if unknown := sorted(set(spec.reaches) - set(NEEDS)):
         raise Broken(f"`reaches` speaks of {listed(unknown)}: no such need; there are {', '.join(NEEDS)}")
     for need, components in spec.reaches.items():
         if foreign := sorted(set(components) - set(spec.components)):
             raise Broken(f"reaches[{need!r}] names {listed(foreign)}, not among its components")
+
+
+def _check_layout(spec: BackendSpec, layout: FileLayout) -> None:
+    if foreign := sorted((set(layout.prefixes) | set(layout.ldm_names)) - set(spec.components)):
+        raise Broken(f"its layout speaks of {listed(foreign)}, not among its components")
+    if missing := sorted(set(spec.components) - set(layout.prefixes)):
+        raise Broken(f"its layout has no prefix for {listed(missing)}: LoRAs of it could not be saved")
 
 
 def _open(book: Book, spec: BackendSpec, make: Callable[[], Callable[..., Any]]) -> Model:
@@ -55,6 +67,8 @@ def _open(book: Book, spec: BackendSpec, make: Callable[[], Callable[..., Any]])
             raise Broken(f"its factory gives a {type(backend).__name__}, not a lora_forge.contracts.Backend")
         if not isinstance(getattr(backend, "family", None), str) or not backend.family:
             raise Broken("it names no family: set family = '…', which savers name layers by")
+    with book.rule("opens"):
+        _check_recognized(spec)
     layers: list[TargetLayer] = []
     with book.rule("architecture", vital=True):
         layers = _layers(spec, backend.architecture())
@@ -67,6 +81,24 @@ def _open(book: Book, spec: BackendSpec, make: Callable[[], Callable[..., Any]])
     with book.rule("opens", vital=True):
         backend.check_files(spec.components)
     return Model(spec, backend, tuple(layers), BankSlot())
+
+
+def _check_recognized(spec: BackendSpec) -> None:
+    """What `recognizes` says, if there is one, of the tiny model, and of what is no model at all."""
+    if spec.recognizes is None:
+        return
+    try:
+        recognizes = attribute_named(spec.recognizes)
+        known = recognizes(spec.tiny)
+    except (Exception, SystemExit) as error:
+        raise Broken(f"its `recognizes` fails on its own tiny model {spec.tiny!r}: {in_words(error)}") from error
+    if not known:
+        raise Broken(f"its `recognizes` does not know its own tiny model {spec.tiny!r}")
+    with suppress(Exception):  # an error is a no with a reason
+        if recognizes(_NO_MODEL):
+            known = False
+    if not known:
+        raise Broken(f"its `recognizes` says yes to {_NO_MODEL!r}: it would claim every base model, of any family")
 
 
 def _layers(spec: BackendSpec, architecture: Any) -> list[TargetLayer]:
@@ -174,6 +206,11 @@ def _check_conditioning(model: Model) -> None:
         parts = model.backend.conditioning(given)
         if not isinstance(parts, dict) or not parts:
             raise Broken(f"conditioning() {of} is {parts!r}; give tensors by name, also when encoders are missing")
+        if given is outputs and tuple(parts) != tuple(model.spec.conditioning):
+            raise Broken(
+                f"conditioning() {of} gives {listed(list(parts), 9)}; its record declares conditioning="
+                f"{tuple(model.spec.conditioning)}, which `plugins show` tells: let them say the same"
+            )
         for name, tensor in parts.items():
             if not isinstance(tensor, torch.Tensor) or tensor.ndim < 2 or len(tensor) != len(TOGETHER):
                 got = f"{shape_of(tensor)} for {len(TOGETHER)} prompts"

@@ -23,7 +23,7 @@ Make = Callable[[], Callable[..., Any]]
 
 
 def check_loss(spec: LossSpec, options: Any | None = None) -> None:
-    """Raises NotConforming with everything that is wrong with a loss, run on `tiny_sdxl`.
+    """Raises NotConforming with everything that is wrong with a loss, run on `tiny_sdxl`, and once on `tiny_sd15`.
 
     options: an instance of `spec.options`; the defaults if it is not given. Raises UsageError if an option has no
     default and none was given.
@@ -42,7 +42,7 @@ def check_optimizer(spec: OptimizerSpec, options: Any | None = None) -> None:
 
 
 def check_saver(spec: SaverSpec, options: Any | None = None) -> None:
-    """As `check_loss`, for a saver, which writes weights of `tiny_sdxl` layers to a temporary folder."""
+    """As `check_loss`, for a saver, which writes weights of `tiny_sdxl` and `tiny_sd15` to a temporary folder."""
     _check(SaverSpec, spec, options)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_forge.batch import Batch
-from lora_forge.errors import UndeclaredNeed
+from lora_forge.errors import LoraForgeError, UndeclaredNeed
 from lora_forge.objective import backward
 from lora_forge.options import options_as_dict
 from lora_forge.reach import Reach
@@ -27,8 +27,8 @@ from lora_forge.testing.compare import (
     same_bits,
     shape_of,
 )
-from lora_forge.testing.examination import Book, Broken, Halt, global_seed
-from lora_forge.testing.stage import TINY, Stage, WatchedView, personal_bank, tiny_sdxl
+from lora_forge.testing.examination import Book, Broken, Halt, global_seed, in_words
+from lora_forge.testing.stage import ONE_ENCODER, TINY, Stage, WatchedView, personal_bank, tiny_stage
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Evaluation:
 
 def examine_loss(book: Book, spec: LossSpec, options: Any, make: Callable[[], Callable[..., Any]]) -> None:
     """See `lora_forge.testing.RULES`."""
-    exam = _Exam(book, spec, options, make, tiny_sdxl())
+    exam = _Exam(book, spec, options, make, tiny_stage())
     together = exam.evaluate(TOGETHER, FIRST_SEED)
     exam.evaluate(TOGETHER, FIRST_SEED, zero_b=True)
     with book.rule("steps", vital=True):
@@ -55,8 +55,10 @@ def examine_loss(book: Book, spec: LossSpec, options: Any, make: Callable[[], Ca
         exam.check_other_mates(together)
     with book.rule("reaches"):
         exam.check_reached(together)
-    with book.rule("undeclared"):
+    with book.rule("undeclared", vital=True):
         exam.check_undeclared(together)
+    with book.rule("families"):
+        exam.check_other_family()
 
 
 class _Batch(Batch):
@@ -173,6 +175,34 @@ class _Exam:
                     f"declare: a run would not have loaded it. Ask the batch alone for outputs, and declare "
                     f"{' or '.join(map(repr, served))} for it"
                 )
+
+    def check_other_family(self) -> None:
+        """One value per prompt on a family of one encoder too, or an error that says what is lacking."""
+        stage = tiny_stage(ONE_ENCODER, self.needs)
+        stage.slot.bank = personal_bank(stage.layers, TOGETHER)
+        view = stage.view(TOGETHER)
+        view.begin_step()
+        where = f"on {stage.spec.tiny}, whose one text encoder is {stage.spec.encoders[0]!r},"
+        try:
+            value = self.make()(Batch(view, self.needs, self.spec.name))
+        except UndeclaredNeed as error:
+            raise Broken(f"{where} it asks for what its record does not declare: {error}") from error
+        except LoraForgeError:
+            return
+        except (Exception, SystemExit) as error:
+            raise Broken(
+                f"{where} it raises {in_words(error)}: take the encoders as they come (batch.encoders, "
+                "batch.adapted().items(), batch.conditioning(…)), or raise lora_forge.errors.ObjectiveError saying "
+                "what it lacks"
+            ) from error
+        finally:
+            stage.slot.bank = None
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != (len(TOGETHER),):
+            raise Broken(f"{where} it returns {shape_of(value)}, not one value per prompt, {(len(TOGETHER),)}")
+        if how := not_finite(value.detach()):
+            raise Broken(f"{where} its value is {how}")
+        if not value.requires_grad:
+            raise Broken(f"{where} its value has no gradient, so nothing would be trained")
 
     def check_second_step(self) -> None:
         """One loss object, as in a run, asked twice, the weights having moved in between."""

@@ -61,7 +61,7 @@ class _Exam:
     def __init__(self, spec: OptimizerSpec, make: Callable[[], Callable[..., Any]]) -> None:
         self.spec, self.make = spec, make
         # An odd size too: where in its tensor a number lies must not matter to its rounding.
-        self.layers = [*some_layers(2), TargetLayer("text_encoder", "odd", 13, 7)]
+        self.layers = [*some_layers(each=2), TargetLayer("text_encoder", "odd", 13, 7)]
 
     def bank(self, people: Sequence[int]) -> Bank:
         return personal_bank(self.layers, people)

@@ -35,6 +35,7 @@ RULES: dict[str, dict[str, str]] = {
         "independent": "a prompt's value and gradient do not depend on the prompts beside it",
         "reaches": "what a need alone brings in, a gradient reaches, in one component at least",
         "undeclared": "the gradient reaches no component beyond those its `needs` declare",
+        "families": "it works on a model with one text encoder too, or says in an ObjectiveError what that lacks",
     }
     | _LAST,
     "optimizer": _FIRST
@@ -55,7 +56,7 @@ RULES: dict[str, dict[str, str]] = {
         "one_file": "it writes the file it was given, and no other",
         "immutable": "it changes neither the weights nor the metadata",
         "reader": "its file can be read: as lora-forge's own, or by the `reader` it names",
-        "gives_back": "the file gives back ΔW = alpha / rank · B @ A of every layer",
+        "gives_back": "the file gives back ΔW = alpha / rank · B @ A of every layer, whatever the model family",
         "reproducible": "the same request gives the same bytes, wherever they are written",
         "names": "paths with spaces and prompts of any letters do it no harm",
     }
@@ -69,7 +70,7 @@ RULES: dict[str, dict[str, str]] = {
         "frozen": "what it loads is frozen",
         "tokens": "tokens are int64 (rows, length), and what did not fit is told",
         "encode": "encoders give finite float32 outputs with a leading prompts dimension, masked or not",
-        "conditioning": "what the denoiser is conditioned on is told by name, with a leading prompts dimension",
+        "conditioning": "what the denoiser is conditioned on is told by the declared names, prompts leading",
         "noise": "noise is predicted in the latents' own shape, finite float32",
         "deterministic": "the same input gives the same bits, whatever the global seed",
         "independent": "a prompt's outputs do not depend on the prompts beside it",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,16 +11,18 @@ from typing import Any
 import torch
 
 from lora_forge.contracts import LayerKey, LoraWeights, SaveRequest, TargetLayer
-from lora_forge.errors import LoraFileError
+from lora_forge.errors import LoraFileError, LoraForgeError
+from lora_forge.files.lora_file import open_lora
+from lora_forge.files.names import diffusers_name, universal_name
 from lora_forge.files.read import read_lora
+from lora_forge.plugins import attribute_named
 from lora_forge.records import SaverSpec
 from lora_forge.testing.compare import listed, not_finite, relative, same_bits, shape_of
 from lora_forge.testing.examination import Book, Broken, in_words
-from lora_forge.testing.stage import ALPHA, RANK, personal_bank, some_layers, tiny_layers
+from lora_forge.testing.stage import ALPHA, ONE_ENCODER, RANK, TINY, backend_of, personal_bank, some_layers, tiny_layers
 
 # Files in half precision are welcome: bfloat16 keeps three digits of A and of B, and so two of ΔW.
 TOLERANCE = 1e-2
-_FAMILY = "sdxl"
 _METADATA = {f"note_{number}": f"words {number}" for number in range(8)} | {"lora_forge": '{"format": 1}'}
 _STRANGE = "a „strange“ 🦉 prompt / with: everything?"
 
@@ -41,6 +42,7 @@ def examine_saver(book: Book, spec: SaverSpec, options: Any, make: Callable[[], 
             for given in exam.requests():
                 exam.save(given)
                 exam.check_gives_back(given)
+            exam.check_other_family()
         with book.rule("reproducible"):
             exam.check_reproducible(request)
         with book.rule("names"):
@@ -51,10 +53,12 @@ class _Exam:
     def __init__(self, spec: SaverSpec, make: Callable[[], Callable[..., Any]], folder: Path) -> None:
         self.spec, self.make, self.folder = spec, make, folder
 
-    def request(self, where: str, weights: LoraWeights, prompt: str = "a steampunk owl") -> SaveRequest:
+    def request(
+        self, where: str, weights: LoraWeights, prompt: str = "a steampunk owl", model: str = TINY
+    ) -> SaveRequest:
         """To be written into a folder of its own."""
-        path = self.folder / where / f"lora{self.spec.suffix}"
-        return SaveRequest(path, weights, RANK, ALPHA, _FAMILY, prompt, dict(_METADATA))
+        path, backend = self.folder / where / f"lora{self.spec.suffix}", backend_of(model)
+        return SaveRequest(path, weights, RANK, ALPHA, backend.name, prompt, dict(_METADATA), backend.layout)
 
     def requests(self) -> list[SaveRequest]:
         """Several components; some layers of zeros among them; a single layer; layers of one component."""
@@ -111,24 +115,23 @@ class _Exam:
         """ΔW of each layer as the file gives it back, float64."""
         if self.spec.reader is None:
             return self._read_as_own(request)
-        reader: Any = self.spec.reader
         try:
-            if isinstance(reader, str):
-                module, _, attribute = reader.partition(":")
-                reader = getattr(importlib.import_module(module), attribute)
-            read = reader(request.path)
+            read = attribute_named(self.spec.reader)(request.path)
         except (Exception, SystemExit) as error:
             raise Broken(f"its reader cannot read what the saver wrote: {in_words(error)}") from error
         return _flat(read)
 
     def _read_as_own(self, request: SaveRequest) -> dict[LayerKey, torch.Tensor]:
         try:
-            weights = read_lora(request.path, tiny_layers(), family=_FAMILY, rank=RANK, alpha=ALPHA)
+            model = next(one for one in (TINY, ONE_ENCODER) if backend_of(one).name == request.family)
+            weights = read_lora(request.path, tiny_layers(model), layout=request.layout, rank=RANK, alpha=ALPHA)
+            _check_names(request)
         except LoraFileError as error:
             raise Broken(
-                "it names no reader, and lora-forge's own cannot read the file "
+                f"it names no reader, and lora-forge's own cannot read the file of a {request.family!r} LoRA "
                 f"({error}); name one, SaverSpec(reader=…): a callable, or 'package.module:name', that takes the path "
-                "and gives ΔW of each layer, {component: {layer: (out, in)}}"
+                "and gives ΔW of each layer, {component: {layer: (out, in)}}; or write the names that request.layout "
+                "and lora_forge.files.names give"
             ) from error
         return _deltas(weights)
 
@@ -154,6 +157,15 @@ class _Exam:
         if extra := [".".join(key) for key, delta in found.items() if key not in expected and bool(delta.any())]:
             raise Broken(f"the file changes layers that are not in the request: {listed(extra)}")
 
+    def check_other_family(self) -> None:
+        """Another family's layers are given back as well, or refused in words: some formats are one family's."""
+        request = self.request("one-encoder", _weights(some_layers(ONE_ENCODER)), model=ONE_ENCODER)
+        try:
+            self.save(request)
+        except LoraForgeError:
+            return
+        self.check_gives_back(request)
+
     def check_reproducible(self, request: SaveRequest) -> None:
         for where in ("again", "elsewhere/deeper", "third"):
             again = replace(request, path=self.folder / where / f"other{self.spec.suffix}")
@@ -173,6 +185,17 @@ class _Exam:
             what = str(error) if isinstance(error, Broken) else f"it raised {in_words(error)}"
             raise Broken(f"with the prompt {_STRANGE!r} and the path {request.path.name!r}, {what}") from error
         self.check_gives_back(request)
+
+
+def _check_names(request: SaveRequest) -> None:
+    """lora-forge reads other spellings than it writes; the family's own readers may not. Raises LoraFileError."""
+    keys = [(component, layer) for component, layers in request.weights.items() for layer in layers]
+    known = {diffusers_name(*key) for key in keys}
+    if request.layout:
+        known |= {universal_name(request.layout, *key) for key in keys}
+    for layer in open_lora(request.path).layers:
+        if layer.name not in known and (layer.component, layer.layer) in keys:
+            raise LoraFileError(f"{layer.name!r} is no name that such a LoRA's readers know")
 
 
 def _weights(layers: Sequence[TargetLayer]) -> LoraWeights:

@@ -1,4 +1,4 @@
-"""What plugins are examined on: `tiny_sdxl`, opened once per process, and banks for a few people's prompts."""
+"""What plugins are examined on: the tiny models, opened once per process, and banks for a few people's prompts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lora_forge.records import BackendSpec
 from lora_forge.seeds import generator_for
 
 TINY = "tiny_sdxl"
+ONE_ENCODER = "tiny_sd15"  # a family with one text encoder, of which the denoiser is given something else
 RANK, ALPHA = 3, 5.0  # ΔW = 5/3 · B @ A: a scale that is forgotten, or taken for a power of two, shows
 # One prompt, seed and set of weights for each number; who trains beside whom is varied.
 PROMPTS = (
@@ -71,7 +72,7 @@ def _weights_of(layers: tuple[TargetLayer, ...], person: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """An opened model with all components loaded and adapted."""
+    """An opened model, with the components of its layers loaded and adapted."""
 
     spec: BackendSpec
     backend: Backend
@@ -79,38 +80,37 @@ class Stage:
     slot: BankSlot
 
     def view(self, people: Sequence[int]) -> WatchedView:
-        """A fresh view of these people's prompts, with every encoder in use."""
-        texts = {encoder: [PROMPTS[person] for person in people] for encoder in self.spec.encoders}
+        """A fresh view of these people's prompts, with every encoder that is loaded in use."""
+        loaded = {layer.component for layer in self.layers}
+        texts = {one: [PROMPTS[person] for person in people] for one in self.spec.encoders if one in loaded}
         return WatchedView(self.backend, self.slot, texts, [100 + person for person in people], "cpu")
 
 
 @functools.cache
-def tiny_sdxl() -> Stage:
-    """`tiny_sdxl` through the built-in backend; a LoRA on all attention layers of all components."""
-    spec = sdxl_spec()
+def tiny_stage(model: str = TINY, needs: frozenset[str] | None = None) -> Stage:
+    """A tiny model through its built-in backend; a LoRA on all attention layers of what is loaded.
+
+    needs: load what these reach and no more, as a run does; everything if None.
+    """
+    spec = backend_of(model)
+    reached = spec.components if needs is None else {one for need in needs for one in spec.reaches.get(need, ())}
+    layers = tuple(layer for layer in tiny_layers(model) if layer.component in reached)
     backend = cast(Backend, open_backend(spec, spec.options()))
-    backend.load(spec.components)
-    choose = backend.target_groups["attention"]
-    layers = tuple(
-        TargetLayer(component, name, *size)
-        for component, sizes in backend.architecture().items()
-        for name, size in sizes.items()
-        if choose(name)
-    )
+    backend.load([component for component in spec.components if component in reached])
     slot = BankSlot()
     adapt(backend, layers, slot)
     return Stage(spec, backend, layers, slot)
 
 
-def sdxl_spec() -> BackendSpec:
-    """The built-in backend."""
-    return next(iter(lora_forge_backends()))
+def backend_of(model: str) -> BackendSpec:
+    """The built-in backend of a tiny model."""
+    return next(spec for spec in lora_forge_backends() if spec.tiny == model)
 
 
 @functools.cache
-def tiny_layers() -> tuple[TargetLayer, ...]:
-    """The target layers of `tiny_sdxl`'s model config, without opening the model."""
-    config = read_model_config(TINY)
+def tiny_layers(model: str = TINY) -> tuple[TargetLayer, ...]:
+    """The target layers of a tiny model's config, without opening the model."""
+    config = read_model_config(model)
     return tuple(
         TargetLayer(component, name, *config.dimensions[component][name])
         for component, names in config.targets.items()
@@ -118,11 +118,11 @@ def tiny_layers() -> tuple[TargetLayer, ...]:
     )
 
 
-def some_layers(each: int = 4) -> list[TargetLayer]:
-    """A few layers of each component of `tiny_sdxl`, of as many different sizes as there are."""
+def some_layers(model: str = TINY, *, each: int = 4) -> list[TargetLayer]:
+    """A few layers of each component of a tiny model, of as many different sizes as there are."""
     chosen: list[TargetLayer] = []
-    for component in dict.fromkeys(layer.component for layer in tiny_layers()):
-        own = [layer for layer in tiny_layers() if layer.component == component]
+    for component in dict.fromkeys(layer.component for layer in tiny_layers(model)):
+        own = [layer for layer in tiny_layers(model) if layer.component == component]
         sizes = {(layer.out_features, layer.in_features): layer for layer in own}
         first = list(sizes.values())[:each]
         chosen += first + [layer for layer in own if layer not in first][: each - len(first)]

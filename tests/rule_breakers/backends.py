@@ -9,21 +9,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_forge import BackendSpec
+from lora_forge import BackendSpec, FileLayout
 from lora_forge.bank import BankSlot
 from lora_forge.contracts import Backend, BackendRequest, EncoderOutput, TargetLayer, Tokens
 from rule_breakers import Breaker
-from rule_breakers.toy_backend import COMPONENTS, ENCODERS, LATENT, REACHES, TextOnly, ToyBackend, open_toy
+from rule_breakers.toy_backend import (
+    COMPONENTS,
+    CONDITIONING,
+    ENCODERS,
+    LATENT,
+    LAYOUT,
+    REACHES,
+    TextOnly,
+    ToyBackend,
+    is_toy,
+    open_toy,
+)
 
 
 def spec(factory: Any, **settings: Any) -> BackendSpec:
     made = open_toy(factory) if isinstance(factory, type) else factory
-    declared = {"components": COMPONENTS, "encoders": ENCODERS, "reaches": REACHES, "tiny": "toy"}
+    declared: dict[str, Any] = {"components": COMPONENTS, "encoders": ENCODERS, "reaches": REACHES}
+    declared |= {"conditioning": CONDITIONING, "layout": LAYOUT, "recognizes": is_toy, "tiny": "toy"}
     return BackendSpec(name="breaker", summary="breaks a rule", factory=made, **{**declared, **settings})
 
 
 GOOD = spec(ToyBackend)
-TEXT_ONLY = spec(TextOnly, components=ENCODERS, reaches={"text": ENCODERS})
+TEXT_ONLY = spec(TextOnly, components=ENCODERS, reaches={"text": ENCODERS}, layout=None, recognizes=None)
 
 
 def refuses(request: BackendRequest) -> Backend:
@@ -32,6 +44,18 @@ def refuses(request: BackendRequest) -> Backend:
 
 def gives_a_module(request: BackendRequest) -> Any:
     return nn.Linear(2, 2)
+
+
+def recognizes_nothing(source: str) -> bool:
+    return False
+
+
+def recognizes_anything(source: str) -> bool:
+    return True
+
+
+def recognizes_folders(source: str) -> bool:
+    raise NotADirectoryError(source)
 
 
 class Nameless(ToyBackend):
@@ -140,6 +164,11 @@ class Centred(ChangedOutputs):
 class NoConditioning(ToyBackend):
     def conditioning(self, outputs: Mapping[str, EncoderOutput]) -> dict[str, torch.Tensor]:
         return super().conditioning(outputs) if len(outputs) > 1 else {}
+
+
+class OtherConditioning(ToyBackend):
+    def conditioning(self, outputs: Mapping[str, EncoderOutput]) -> dict[str, torch.Tensor]:
+        return {f"{encoder} last": output.last_hidden_state for encoder, output in outputs.items()}
 
 
 class FlatConditioning(ToyBackend):
@@ -261,10 +290,32 @@ BREAKERS = [
     breaker("declares a foreign encoder", ToyBackend, "record", "clip", "not among", encoders=("small", "clip")),
     breaker("reaches for no need", ToyBackend, "record", "sound: no such need", reaches={"sound": ("small",)}),
     breaker("reaches a foreign component", ToyBackend, "record", "vae", "not among", reaches={"text": ("vae",)}),
+    breaker(
+        "has a layout of a foreign component",
+        ToyBackend,
+        "record",
+        "speaks of vae",
+        "not among",
+        layout=FileLayout(prefixes={"small": "lora_te", "vae": "lora_vae"}),
+    ),
+    breaker("has a layout of another type", ToyBackend, "record", "FileLayout", "'kohya'", layout="kohya"),
     breaker("has no tiny model", ToyBackend, "tiny", "BackendSpec(tiny=", "without a download", tiny=""),
     breaker("cannot open its tiny model", refuses, "opens", "'toy'", "FileNotFoundError: no model toy", "backends.py"),
     breaker("is no backend", gives_a_module, "opens", "a Linear", "lora_forge.contracts.Backend"),
     breaker("has no family", Nameless, "opens", "names no family"),
+    breaker("does not recognize its model", ToyBackend, "opens", "its own", "'toy'", recognizes=recognizes_nothing),
+    breaker("recognizes any model", ToyBackend, "opens", "claim every base model", recognizes=recognizes_anything),
+    breaker(
+        "fails to recognize",
+        ToyBackend,
+        "opens",
+        "NotADirectoryError: toy",
+        "backends.py",
+        recognizes=recognizes_folders,
+    ),
+    breaker(
+        "has no such recognizer", ToyBackend, "opens", "No module named 'not_there'", recognizes="not_there:is_toy"
+    ),
     breaker("lists too few components", ForgetsDenoiser, "architecture", "lists large, small", "denoiser"),
     breaker("lists a component without layers", BareComponent, "architecture", "no linear layer of denoiser"),
     breaker("gives sizes as text", OddSizes, "architecture", "small.first", "(out, in)", "integers"),
@@ -280,7 +331,22 @@ BREAKERS = [
     breaker("pools nothing", PooledPerPosition, "encode", "pooled of small", "shape (3, 40, 6)", "(prompts, width)"),
     breaker("encodes to NaN if masked", NanWhereMasked, "encode", "last_hidden_state of small (masked) is NaN"),
     breaker("needs all encoders", NoConditioning, "conditioning", "of small", "{}", "encoders are missing"),
-    breaker("flattens the conditioning", FlatConditioning, "conditioning", "'all'", "first dimension is prompts"),
+    breaker(
+        "flattens the conditioning",
+        FlatConditioning,
+        "conditioning",
+        "'all'",
+        "first dimension is prompts",
+        conditioning=("all",),
+    ),
+    breaker(
+        "is conditioned on other parts than it says",
+        OtherConditioning,
+        "conditioning",
+        "gives small last, large last",
+        "declares conditioning=('small pooled', 'large pooled')",
+    ),
+    breaker("declares no conditioning", ToyBackend, "conditioning", "small pooled", "conditioning=()", conditioning=()),
     breaker("predicts no noise", NoNoise, "noise", "predict_noise()", "leave the need out"),
     breaker("flattens noise", FlatNoise, "noise", "shape (3, 18)", f"{(3, *LATENT)}"),
     breaker("leaves dropout on", Training, "deterministic", "last_hidden_state of large", "eval()", "dropout"),

@@ -11,6 +11,7 @@ import torch
 
 from lora_forge import LossSpec
 from lora_forge.batch import Batch
+from lora_forge.errors import ObjectiveError
 from lora_forge.seeds import generator_for
 from rule_breakers import Breaker
 
@@ -147,6 +148,41 @@ def around_the_batch(batch: Batch) -> torch.Tensor:
     return good(batch) + noise.square().flatten(1).mean(dim=1)
 
 
+# families
+
+
+def second_encoder_only(batch: Batch) -> torch.Tensor:
+    return batch.adapted()["text_encoder_2"].pooled.mean(dim=1)
+
+
+def distance_between_encoders(batch: Batch) -> torch.Tensor:
+    """Nothing to train where there is one encoder."""
+    sizes = [output.pooled.square().mean(dim=1) for output in batch.adapted().values()]
+    return sum(((one - other).square() for one, other in itertools.pairwise(sizes)), torch.zeros(batch.prompts))
+
+
+def spread_over_encoders(batch: Batch) -> torch.Tensor:
+    """The sample variance; that of one number is 0 / 0."""
+    sizes = torch.stack([output.pooled.square().mean(dim=1) for output in batch.adapted().values()])
+    return (sizes - sizes.mean(dim=0)).square().sum(dim=0) / (len(sizes) - 1)
+
+
+def by_first_encoders_prompts(batch: Batch) -> torch.Tensor:
+    values = torch.stack([output.pooled.mean(dim=1) for output in batch.adapted().values()])
+    return values.sum(dim=0) if len(values) > 1 else values
+
+
+def asks_where_there_is_one(batch: Batch) -> torch.Tensor:
+    return good(batch) if len(batch.encoders) > 1 else denoising(batch)
+
+
+def refuses_one_encoder(batch: Batch) -> torch.Tensor:
+    """Says in words what it lacks, which is as good as working."""
+    if len(batch.encoders) < 2:
+        raise ObjectiveError(f"this loss compares text encoders, and there is one: {', '.join(batch.encoders)}")
+    return distance_between_encoders(batch)
+
+
 # steps, deterministic, independent
 
 
@@ -265,6 +301,20 @@ BREAKERS = [
         "needs={'text'}",
         "declare 'noise_prediction'",
     ),
+    breaker(
+        "assumes a second encoder",
+        second_encoder_only,
+        "families",
+        "on tiny_sd15, whose one text encoder is 'text_encoder'",
+        "KeyError: 'text_encoder_2'",
+        "losses.py, line",
+        "batch.encoders",
+        "ObjectiveError",
+    ),
+    breaker("compares encoders", distance_between_encoders, "families", "tiny_sd15", "no gradient"),
+    breaker("divides by encoders less one", spread_over_encoders, "families", "tiny_sd15", "value is NaN"),
+    breaker("forgets to sum over one", by_first_encoders_prompts, "families", "shape (1, 3)", "(3,)"),
+    breaker("needs more of one encoder", asks_where_there_is_one, "families", "does not declare", "noise_prediction"),
     breaker("keeps a graph for the next step", Remembers, "steps", "at step 2", "one step to the next"),
     breaker("draws from the global generator", global_noise, "deterministic", "torch.manual_seed", "batch.randn"),
     breaker("counts its calls", counts, "deterministic", "run twice", "another value"),

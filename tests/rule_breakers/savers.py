@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from lora_forge import SaverSpec
+from lora_forge.builtin.backends import lora_forge_backends
 from lora_forge.builtin.savers import diffusers, universal
 from lora_forge.contracts import SaveRequest
+from lora_forge.errors import LoraForgeError
 from lora_forge.files.canonical import write_safetensors
 from rule_breakers import Breaker
 
@@ -85,6 +87,24 @@ def own_names(request: SaveRequest) -> None:
         for name, tensor in pair.items()
     }
     write_safetensors(request.path, tensors, {})
+
+
+def knows_sdxl_alone(request: SaveRequest) -> None:
+    """SDXL's names of layers, whatever the family's own are."""
+    sdxl = next(spec for spec in lora_forge_backends() if spec.name == "sdxl")
+    universal(replace(request, layout=sdxl.layout))
+
+
+def looks_up_sdxl(request: SaveRequest) -> None:
+    title = {"sdxl": "Stable Diffusion XL"}[request.family]
+    universal(replace(request, metadata={**request.metadata, "family": title}))
+
+
+def refuses_others(request: SaveRequest) -> None:
+    """A format of one family, which says so of any other: that breaks no rule."""
+    if request.family != "sdxl":
+        raise LoraForgeError(f"this format is SDXL's alone, it has no names for {request.family}")
+    universal(request)
 
 
 def cannot_read(path: Path) -> Deltas:
@@ -174,9 +194,11 @@ BREAKERS = [
     breaker("forgets a layer", forgets_a_layer, "gives_back", "the file has no unet.", "every layer"),
     own("changes another layer", changes_another_layer, "gives_back", "not in the request", "text_encoder.invented"),
     own("gives ΔW transposed", pickled, "gives_back", "comes back", "of its size off", reader=transposed),
+    breaker("knows SDXL's names alone", knows_sdxl_alone, "gives_back", "of a 'sd15' LoRA", "request.layout"),
     breaker("notes its path", notes_its_path, "reproducible", "other bytes", "paths"),
     breaker("counts files", counts, "reproducible", "other bytes", "write_safetensors"),
     breaker("knows ASCII only", ascii_only, "names", "UnicodeEncodeError", "the prompt", "🦉"),
     breaker("replaces spaces in the path", no_spaces, "names", "the path", "wrote nothing"),
+    breaker("raises for another family", looks_up_sdxl, "runs", "KeyError: 'sd15'", "whatever the model family"),
     breaker("raises", raises, "runs", "ValueError: no disk", "savers.py, line"),
 ]

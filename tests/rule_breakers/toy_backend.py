@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_forge import FileLayout
 from lora_forge.bank import BankLinear, BankSlot, inject
 from lora_forge.contracts import Backend, BackendRequest, EncoderOutput, TargetLayer, Tokens
 
 ENCODERS = ("small", "large")
 COMPONENTS = (*ENCODERS, "denoiser")
+CONDITIONING = ("small pooled", "large pooled")
+LAYOUT = FileLayout(prefixes={"small": "lora_te1", "large": "lora_te2", "denoiser": "lora_unet"})
 REACHES = {"text": ENCODERS, "noise_prediction": COMPONENTS}
 LENGTH, WIDTH = 40, 6
 LATENT = (2, 3, 3)
@@ -133,6 +136,11 @@ class TextOnly(ToyBackend):
     components = ENCODERS
     latent_shape = Backend.latent_shape
     predict_noise = Backend.predict_noise
+
+
+def is_toy(source: str) -> bool:
+    """What the record says of itself with `recognizes`."""
+    return source == "toy"
 
 
 def open_toy(kind: type[ToyBackend] = ToyBackend) -> Callable[[BackendRequest], Backend]:

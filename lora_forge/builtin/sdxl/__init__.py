@@ -1,1 +1,1 @@
-"""The SDXL backend: where its weights come from, how they are read, and the small SDXL made on the spot."""
+"""Stable Diffusion XL: what the family is, and its backend."""

@@ -7,15 +7,10 @@ tensor, and the projection transposed. Source of the names: Stability AI generat
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from lora_forge.clip_unet.family import Take, whole
 from lora_forge.errors import ModelError
 
-if TYPE_CHECKING:
-    import torch
-
-Take = Callable[["torch.Tensor"], "torch.Tensor"]
 _FIRST = "conditioner.embedders.0.transformer."
 _SECOND = "conditioner.embedders.1.model."
 _OUTSIDE = {
@@ -55,11 +50,6 @@ def single_file_location(component: str, canonical: str) -> tuple[str, Take]:
         if module in _THIRDS:
             return f"{block}attn.in_proj_{kind}", _third(_THIRDS[module])
     raise ModelError(f"a single-file SDXL checkpoint has no {component}.{canonical}")
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as it is."""
-    return tensor
 
 
 def _third(index: int) -> Take:

@@ -15,7 +15,7 @@ _USE = {
     "initializer": "--model tiny_sdxl --initializer {module}",
     "optimizer": "--model tiny_sdxl --optimizer {module}",
     "saver": "--model tiny_sdxl --saver {module}",
-    "backend": "--model {config} --saver diffusers",
+    "backend": "--model {config}",
 }
 
 

@@ -46,6 +46,7 @@ def _record(one: Supplied) -> dict[str, Any]:
         record["suffix"] = spec.suffix
     if isinstance(spec, BackendSpec):
         record |= {"components": list(spec.components), "reaches": {k: list(v) for k, v in spec.reaches.items()}}
+        record["conditioning"] = list(spec.conditioning)
     record["options"] = [dataclasses.asdict(option) for option in describe_options(spec.options)]
     record["schema"] = options_schema(spec.options)
     return record
@@ -68,7 +69,7 @@ def _print_record(record: dict[str, Any]) -> None:
 
     console = Console()
     console.print(f"[bold]{record['name']}[/] ({record['kind']}): {escape(record['summary'])}", highlight=False)
-    for key in ("needs", "formula", "source", "elementwise", "suffix", "components", "reaches"):
+    for key in ("needs", "formula", "source", "elementwise", "suffix", "components", "reaches", "conditioning"):
         if record.get(key) not in (None, ""):
             console.print(f"{key}: {escape(str(record[key]))}", highlight=False)
     origin = f"{record['distribution']} {record['version']}, module {record['module']}"

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from lora_forge.clip_unet.family import UNET, ClipEncoder
+from lora_forge.clip_unet.sources import Source
 from lora_forge.errors import ModelError
 
-if TYPE_CHECKING:
-    from lora_forge.builtin.sdxl.sources import Source
-
-_CLASSES: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 _BYTES_PER_MAPPING = 128 * 2**20
 
 
@@ -25,24 +23,25 @@ def canonical_name(component: str, name: str) -> str:
     transformers 5.6 dropped the `text_model` level of `CLIPTextModel`, and kept that of
     `CLIPTextModelWithProjection`.
     """
-    if component == "unet" or name.startswith(("text_model.", "text_projection")):
+    if component == UNET or name.startswith(("text_model.", "text_projection")):
         return name
     return f"text_model.{name}"
 
 
-def empty_encoder(component: str, config: dict[str, Any]) -> nn.Module:
+def empty_encoder(kind: ClipEncoder, config: dict[str, Any]) -> nn.Module:
     """The encoder on the meta device: its modules and shapes, no numbers."""
+    made: Any = CLIPTextModelWithProjection if kind.projection else CLIPTextModel
     with torch.device("meta"):
-        encoder: nn.Module = _CLASSES[component](CLIPTextConfig.from_dict(config))
+        encoder: nn.Module = made(CLIPTextConfig.from_dict(config))
     return encoder
 
 
-def load_encoder(component: str, source: Source, *, device: str, dtype: torch.dtype) -> nn.Module:
+def load_encoder(component: str, kind: ClipEncoder, source: Source, *, device: str, dtype: torch.dtype) -> nn.Module:
     """The encoder, frozen, each parameter going straight from the mapped file to its device and dtype.
 
     Raises ModelError when a parameter is missing or has another shape.
     """
-    encoder = empty_encoder(component, source.config(component))
+    encoder = empty_encoder(kind, source.config(component))
     wanted = defaultdict(list)  # key in the file: [(parameter, its name, how to take it)]
     for name, parameter in encoder.named_parameters():
         key, take = source.locate(component, canonical_name(component, name))

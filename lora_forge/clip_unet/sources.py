@@ -1,4 +1,4 @@
-"""Where an SDXL comes from: a diffusers folder, the Hub, or a single-file checkpoint."""
+"""Where a base model comes from: a diffusers folder, the Hub, or a single-file checkpoint."""
 
 from __future__ import annotations
 
@@ -9,19 +9,13 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_forge.builtin.sdxl.single_file import Take, single_file_location, whole
-from lora_forge.builtin.sdxl.tiny import TINY, tiny_sdxl_folder
+from lora_forge.clip_unet.family import UNET, Family, Take, whole
+from lora_forge.clip_unet.tiny import tiny_folder
 from lora_forge.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
-CONFIGS = Path(__file__).parent / "configs"
-_WEIGHTS = {
-    "text_encoder": ("model", "pytorch_model"),
-    "text_encoder_2": ("model", "pytorch_model"),
-    "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
-}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+\Z")
 
 
@@ -98,7 +92,9 @@ class Folder(Source):
         return self.find(relative) is not None
 
     def _weight_names(self, component: str) -> list[str]:
-        stem, pickled = _WEIGHTS[component]
+        # transformers and diffusers name weight files each in its own way
+        unet = "diffusion_pytorch_model"
+        stem, pickled = (unet, unet) if component == UNET else ("model", "pytorch_model")
         for variant in ("", ".fp16"):
             name = f"{component}/{stem}{variant}.safetensors"
             if self.has(name):
@@ -122,9 +118,9 @@ class Folder(Source):
     def load_unet(self, dtype: torch.dtype) -> Any:
         from diffusers import UNet2DConditionModel
 
-        file = self.weight_files("unet")[0]
+        file = self.weight_files(UNET)[0]
         variant = "fp16" if ".fp16" in file.name else None
-        self.config("unet")  # there by now, for a repository on the Hub too
+        self.config(UNET)  # there by now, for a repository on the Hub too
         return UNet2DConditionModel.from_pretrained(
             file.parent, torch_dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
@@ -145,7 +141,7 @@ class Hub(Folder):
         try:
             return Path(hf_hub_download(self.name, relative))
         except LocalEntryNotFoundError as error:
-            if self._cached("text_encoder/config.json"):
+            if self._cached(f"{UNET}/config.json"):
                 return None
             raise ModelError(f"base model {self.name!r} is no folder here, and the Hub {_unreachable()}") from error
         except EntryNotFoundError:
@@ -165,7 +161,7 @@ class Hub(Folder):
 
         if self._cached(relative) is not None:
             return True
-        if HF_HUB_OFFLINE and self._cached("text_encoder/config.json") is not None:
+        if HF_HUB_OFFLINE and self._cached(f"{UNET}/config.json") is not None:
             return False
         try:
             return bool(file_exists(self.name, relative))
@@ -182,21 +178,21 @@ class Hub(Folder):
 class SingleFile(Folder):
     """A checkpoint in one .safetensors file; configs and tokenizers come from a folder of their own."""
 
-    def __init__(self, file: Path, configs: Path) -> None:
+    def __init__(self, file: Path, configs: Path, family: Family) -> None:
         super().__init__(configs)
-        self.file, self.name = file, file.name
+        self.file, self.name, self._family = file, file.name, family
 
     def weight_files(self, component: str) -> list[Path]:
         return [self.file]
 
     def locate(self, component: str, canonical: str) -> tuple[str, Take]:
-        return single_file_location(component, canonical)
+        return self._family.location(component, canonical)
 
     def load_unet(self, dtype: torch.dtype) -> Any:
         from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel.from_single_file(
-            str(self.file), config=str(self.root), subfolder="unet", torch_dtype=dtype, local_files_only=True
+            str(self.file), config=str(self.root), subfolder=UNET, torch_dtype=dtype, local_files_only=True
         )
 
 
@@ -206,20 +202,24 @@ def _unreachable() -> str:
     return "was not asked, since HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "cannot be reached"
 
 
-def open_source(name: str, configs: Path | None) -> Source:
-    """The source a base model's name means. Raises ModelError when it means none."""
-    if name == TINY:
-        return Folder(tiny_sdxl_folder())
+def open_source(name: str, family: Family, configs: Path | None) -> Source:
+    """The source a base model's name means; `configs` stands in for the family's own.
+
+    Raises ModelError when it means none.
+    """
+    if name == family.tiny.name:
+        return Folder(tiny_folder(family))
     path = Path(name).expanduser()
     if os.path.isdir(path):
         return Folder(path)
     if os.path.isfile(path):
         if path.suffix != ".safetensors":
             raise ModelError(f"base model {path.name!r}: only .safetensors checkpoints are read, never pickles")
-        folder = configs or CONFIGS
+        folder = configs or family.configs
         if not folder.is_dir():
-            raise ModelError(f"sdxl.config: {str(folder)!r} is not a folder")
-        return SingleFile(path, folder)
+            raise ModelError(f"{family.name}.config: {str(folder)!r} is not a folder")
+        return SingleFile(path, folder, family)
     if _HUB_ID.match(name) and path.suffix != ".safetensors":
         return Hub(name)
-    raise ModelError(f"base model {name!r} does not exist")
+    hint = f" as one of {family.title}; its tiny model is {family.tiny.name!r}" if name.startswith("tiny_") else ""
+    raise ModelError(f"base model {name!r} does not exist{hint}")

@@ -1,4 +1,4 @@
-"""tiny_sdxl: a complete SDXL which the package makes itself, the same everywhere, without a network."""
+"""tiny_sdxl and tiny_sd15: complete models which the package makes itself, the same everywhere, without a network."""
 
 from __future__ import annotations
 
@@ -12,12 +12,31 @@ import pytest
 import torch
 
 import lora_forge
-from lora_forge.builtin.sdxl.sources import CONFIGS
-from lora_forge.builtin.sdxl.tiny import cache_folder, tiny_sdxl_folder
 from lora_forge.cli.main import main
+from lora_forge.clip_unet import tiny
+from lora_forge.clip_unet.family import Family
+from lora_forge.clip_unet.tiny import cache_folder
 from lora_forge.errors import ModelError
 
-MAKE = "from lora_forge.builtin.sdxl.tiny import tiny_sdxl_folder; print(tiny_sdxl_folder())"
+MAKE = """
+from lora_forge.builtin.sdxl.family import SDXL
+from lora_forge.clip_unet.tiny import tiny_folder
+print(tiny_folder(SDXL))
+"""
+CLASSES = {
+    "tokenizer": "CLIPTokenizer",
+    "text_encoder": "CLIPTextModel",
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+}
+OF_ITS_OWN = {
+    "sdxl": {
+        "tokenizer_2": "CLIPTokenizer",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "scheduler": "EulerDiscreteScheduler",
+    },
+    "sd15": {"scheduler": "PNDMScheduler"},
+}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -25,10 +44,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_folder: Path) -> Any:
-    from diffusers import StableDiffusionXLPipeline
+def pipe(family: Family, model_folder: Path) -> Any:
+    import diffusers
 
-    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
+    pipe = getattr(diffusers, family.pipeline).from_pretrained(model_folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -40,27 +59,20 @@ def picture(pipe: Any) -> torch.Tensor:
     return images
 
 
-def test_it_is_a_complete_sdxl_that_makes_an_image(pipe: Any, tiny_folder: Path) -> None:
-    components = {
-        "tokenizer": "CLIPTokenizer",
-        "tokenizer_2": "CLIPTokenizer",
-        "text_encoder": "CLIPTextModel",
-        "text_encoder_2": "CLIPTextModelWithProjection",
-        "unet": "UNet2DConditionModel",
-        "vae": "AutoencoderKL",
-        "scheduler": "EulerDiscreteScheduler",
-    }
+def test_it_is_a_complete_model_of_its_family_that_makes_an_image(pipe: Any, family: Family) -> None:
+    components = CLASSES | OF_ITS_OWN[family.name]
     assert {name: type(getattr(pipe, name)).__name__ for name in components} == components
+    assert {name for name, part in pipe.components.items() if part is not None} == set(components)
     image = picture(pipe)
     assert image.shape == (1, 3, 64, 64)
     assert bool(image.isfinite().all())
     assert float(image.std()) > 0.01
 
 
-def test_a_lora_of_a_run_changes_its_image(pipe: Any, tmp_path: Path) -> None:
+def test_a_lora_of_a_run_changes_its_image(pipe: Any, model: str, tmp_path: Path) -> None:
     before = picture(pipe)
     output = tmp_path / "owl.safetensors"
-    lora_forge.run("an owl", "tiny_sdxl", iterations=5, strength=200, output=output)
+    lora_forge.run("an owl", model, iterations=5, strength=200, output=output)
     pipe.load_lora_weights(str(output))
     after = picture(pipe)
     pipe.unload_lora_weights()
@@ -68,33 +80,29 @@ def test_a_lora_of_a_run_changes_its_image(pipe: Any, tmp_path: Path) -> None:
     assert torch.equal(picture(pipe), before)
 
 
-def test_it_has_every_file_of_the_real_one(tiny_folder: Path) -> None:
-    real = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_file()}
-    weights = {
-        "text_encoder/model.safetensors",
-        "text_encoder_2/model.safetensors",
-        "unet/diffusion_pytorch_model.safetensors",
-        "vae/diffusion_pytorch_model.safetensors",
-    }
-    assert real | weights == set(contents(tiny_folder))
+def test_it_has_every_file_of_the_real_one(family: Family, model_folder: Path) -> None:
+    real = {str(path.relative_to(family.configs)) for path in family.configs.rglob("*") if path.is_file()}
+    weights = {f"{encoder}/model.safetensors" for encoder in family.encoders}
+    weights |= {f"{component}/diffusion_pytorch_model.safetensors" for component in ("unet", "vae")}
+    assert real | weights == set(contents(model_folder))
 
 
 def test_it_is_the_same_to_the_byte_wherever_it_is_made(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = contents(tiny_folder)
+    expected = contents(model_folder)
     for name in ("one", "other"):
         monkeypatch.setenv("LORA_FORGE_CACHE", str(tmp_path / name))
-        made = tiny_sdxl_folder()
+        made = tiny.tiny_folder(family)
         assert made.parent == tmp_path / name
         assert contents(made) == expected
         assert [path.name for path in made.parent.iterdir()] == [made.name]
 
 
-def test_it_is_made_once(tiny_folder: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in tiny_folder.rglob("*")}
-    assert tiny_sdxl_folder() == tiny_folder
-    assert {path: path.stat().st_mtime_ns for path in tiny_folder.rglob("*")} == before
+def test_it_is_made_once(family: Family, model_folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in model_folder.rglob("*")}
+    assert tiny.tiny_folder(family) == model_folder
+    assert {path: path.stat().st_mtime_ns for path in model_folder.rglob("*")} == before
 
 
 def test_processes_that_make_it_at_once_all_get_the_whole_of_it(tiny_folder: Path, tmp_path: Path) -> None:
@@ -109,21 +117,19 @@ def test_processes_that_make_it_at_once_all_get_the_whole_of_it(tiny_folder: Pat
 
 
 def test_a_second_maker_that_comes_late_takes_what_is_there(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The moment between making and renaming, replayed: another process renames first."""
     import shutil
 
-    from lora_forge.builtin.sdxl import tiny
-
-    def build(folder: Path) -> None:
-        shutil.copytree(tiny_folder, folder)
-        shutil.copytree(tiny_folder, tmp_path / tiny_folder.name)
+    def build(family: Any, folder: Path) -> None:
+        shutil.copytree(model_folder, folder)
+        shutil.copytree(model_folder, tmp_path / model_folder.name)
 
     monkeypatch.setenv("LORA_FORGE_CACHE", str(tmp_path))
     monkeypatch.setattr(tiny, "_build", build)
-    assert tiny_sdxl_folder() == tmp_path / tiny_folder.name
-    assert [path.name for path in tmp_path.iterdir()] == [tiny_folder.name]
+    assert tiny.tiny_folder(family) == tmp_path / model_folder.name
+    assert [path.name for path in tmp_path.iterdir()] == [model_folder.name]
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,15 +144,15 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
 
 
 def test_a_cache_that_cannot_be_written_is_one_line_and_exit_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: str, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     occupied = tmp_path / "file"
     occupied.write_text("not a folder")
     monkeypatch.setenv("LORA_FORGE_CACHE", str(occupied / "cache"))
-    with pytest.raises(ModelError, match="tiny_sdxl cannot be made"):
-        tiny_sdxl_folder()
+    with pytest.raises(ModelError, match=f"{model} cannot be made"):
+        tiny.tiny_folder(family)
     output = tmp_path / "owl.safetensors"
-    assert main(["run", "--prompt", "an owl", "--model", "tiny_sdxl", "--output", str(output)]) == 2
+    assert main(["run", "--prompt", "an owl", "--model", model, "--output", str(output)]) == 2
     error = capsys.readouterr().err
     assert str(occupied / "cache") in error
     assert error.count("\n") == 1

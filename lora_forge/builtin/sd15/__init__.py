@@ -1,0 +1,1 @@
+"""Stable Diffusion 1.x: what the family is, and its backend."""

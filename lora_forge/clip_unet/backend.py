@@ -1,0 +1,330 @@
+"""A backend for CLIP text encoders and diffusers' conditional UNet, where nothing is loaded before it is needed.
+
+A family's own backend derives from it and says what is the family's: its `Family`, what the UNet is conditioned on,
+and how that is handed over.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from lora_forge.bank import BankLinear, BankSlot, inject
+from lora_forge.clip_unet.encoders import canonical_name, empty_encoder, load_encoder
+from lora_forge.clip_unet.family import UNET, ClipEncoder, Family
+from lora_forge.clip_unet.sources import SingleFile, Source, open_source
+from lora_forge.clip_unet.tiny import tiny_folder
+from lora_forge.contracts import Backend, BackendRequest, EncoderOutput, TargetLayer, Tokens
+from lora_forge.errors import ModelError
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0")
+_MLP = ("fc1", "fc2", "ff.net.0.proj", "ff.net.2")
+_EMBEDDING = "text_model.embeddings.token_embedding.weight"
+_CLIP = "clip_text_model"  # what transformers calls the kind
+_UNET_CLASS = "UNet2DConditionModel"
+_BLOCKS = ("text_model.encoder.layers.", "down_blocks.", "mid_block.", "up_blocks.")
+
+
+class ClipUnetBackend(Backend):
+    """See `Backend`. `facts` are the family's; `modules` the components loaded so far."""
+
+    facts: ClassVar[Family]
+    target_groups = {
+        "attention": lambda path: path.endswith(_ATTENTION),
+        "attention+mlp": lambda path: path.endswith(_ATTENTION + _MLP),
+        "all": lambda path: path.startswith(_BLOCKS),
+    }
+
+    @classmethod
+    def open(cls, request: BackendRequest, configs: Path | None = None) -> Self:
+        """A model from its files, or around a pipeline in memory. Raises ModelError.
+
+        configs: the folder with configs and tokenizers for a single-file checkpoint, instead of the family's own.
+        """
+        if request.pipeline is not None:
+            return cls(None, request, dict(_pipeline_components(request.pipeline, cls.facts)))
+        return cls(open_source(request.source, cls.facts, configs), request, {})
+
+    @classmethod
+    def recognizes(cls, source: str) -> bool:
+        """Whether a source is a model of this family, told from its configs, or from a checkpoint's keys.
+
+        Raises ModelError saying why not.
+        """
+        model = cls.open(BackendRequest(source, "cpu", "float32"))
+        model.check_files(cls.facts.encoders if isinstance(model._source, SingleFile) else ())
+        return True
+
+    def __init__(self, source: Source | None, request: BackendRequest, modules: dict[str, Any]) -> None:
+        self.family = self.facts.name
+        self._source, self._request, self._modules = source, request, modules
+        self._in_memory = {name: _linear_layers(name, module) for name, module in modules.items()}
+        self._before: dict[str, tuple[list[tuple[nn.Module, bool]], list[tuple[nn.Parameter, bool]]]] = {}
+        self._adapted: dict[str, Any] = {}
+        self._tokenizers: dict[str, Any] = {}
+        self._norms: dict[tuple[str, str], float] = {}
+
+    @abstractmethod
+    def unet_arguments(self, latents: torch.Tensor, outputs: Mapping[str, EncoderOutput]) -> dict[str, Any]:
+        """What the UNet is given beside latents and timesteps: keyword arguments, in the dtype and on the device of
+        `latents` `(prompts, *latent_shape)`.
+        """
+
+    def architecture(self) -> dict[str, dict[str, tuple[int, int]]]:
+        if self._source is None:
+            return self._in_memory
+        layers = {}
+        configs = self._configs(self._source)
+        for component in self.facts.components:
+            config, kind = json.dumps(configs[component], sort_keys=True), self.facts.encoders.get(component)
+            layers[component] = _layers_of_config(component, kind, config)
+        return layers
+
+    def _configs(self, source: Source) -> dict[str, dict[str, Any]]:
+        """Every component's config. Raises ModelError for a model of another family.
+
+        The UNet's comes first: of another family it says more than the encoder that is missing.
+        """
+        unet = source.config(UNET)
+        no_model_of_it = f"base model {source.name!r} is no {self.facts.title}"
+        if reason := _foreign_unet(unet, self.facts):
+            raise ModelError(f"{no_model_of_it}: {reason}")
+        configs = {UNET: unet}
+        for encoder in self.facts.encoders:
+            configs[encoder] = source.config(encoder)
+            if reason := _foreign_encoder(encoder, configs[encoder].get("model_type", _CLIP)):
+                raise ModelError(f"{no_model_of_it}: {reason}")
+        return configs
+
+    def check_files(self, components: Collection[str]) -> None:
+        if self._source is None:
+            return
+        from safetensors import SafetensorError, safe_open
+
+        self._configs(self._source)
+        for component in components:
+            keys: set[str] = set()
+            for file in self._source.files_to_check(component):
+                try:
+                    with safe_open(file, framework="pt") as opened:  # checks the header, and the length against it
+                        keys.update(opened.keys())
+                except (SafetensorError, OSError) as error:
+                    part = "" if isinstance(self._source, SingleFile) else f": {component}/{file.name}"
+                    model = f"base model {self._source.name!r}{part}"
+                    raise ModelError(f"{model} is broken or truncated: {error}") from error
+            if component in self.facts.encoders:
+                embedding = self._source.locate(component, _EMBEDDING)[0]
+                if keys and not {embedding, embedding.removeprefix("text_model.")} & keys:
+                    title = self.facts.title
+                    raise ModelError(f"base model {self._source.name!r} is no {title}: it has no {embedding!r}")
+                self._check_tokenizer(self._source, component)
+
+    def load(self, components: Collection[str]) -> None:
+        dtype = getattr(torch, self._request.dtype)
+        for component in components:
+            if component in self._in_memory and component not in self._before:
+                module = self._modules[component]
+                _check_bare(component, module)
+                training = [(child, child.training) for child in module.modules()]
+                self._before[component] = (training, [(p, p.requires_grad) for p in module.parameters()])
+                module.requires_grad_(False).eval()
+            if component in self._modules:
+                continue
+            assert self._source is not None
+            if component == UNET:
+                module = self._load_unet(self._source, dtype)
+            else:
+                kind = self.facts.encoders[component]
+                module = load_encoder(component, kind, self._source, device=self._request.device, dtype=dtype)
+            self._modules[component] = module
+
+    def _load_unet(self, source: Source, dtype: torch.dtype) -> Any:
+        try:
+            return source.load_unet(dtype).to(self._request.device).requires_grad_(False).eval()
+        except ModelError:
+            raise
+        except Exception as error:  # diffusers' own, of no common type
+            raise ModelError(f"base model {source.name!r}: unet: {' '.join(str(error).split())}") from error
+
+    def adapt(self, layers: Sequence[TargetLayer], rank: int, alpha: float, slot: BankSlot) -> None:
+        for component in dict.fromkeys(layer.component for layer in layers):
+            module = self._modules[component]
+            paths = {canonical_name(component, path): path for path, _ in module.named_modules()}
+            names = {paths[layer.name]: layer.key for layer in layers if layer.component == component}
+            self._adapted[component] = inject(module, names, rank, alpha, slot)
+
+    def release(self) -> None:
+        for adapted in self._adapted.values():
+            adapted.unload()
+        self._adapted.clear()
+        for training, flags in self._before.values():
+            for child, flag in training:
+                child.training = flag
+            for parameter, required in flags:
+                parameter.requires_grad_(required)
+        self._before.clear()
+        self._modules = {name: module for name, module in self._modules.items() if name in self._in_memory}
+
+    def tokenize(self, encoder: str, texts: Sequence[str]) -> Tokens:
+        tokenizer = self._tokenizer(encoder)
+        length = tokenizer.model_max_length
+        ids = tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt", verbose=False
+        )
+        cut = tuple(_cut_off(tokenizer, text, length - 2) for text in texts)
+        return Tokens(ids["input_ids"], ids["attention_mask"], cut)
+
+    def token_texts(self, encoder: str, tokens: Tokens) -> list[list[str]]:
+        decode = functools.partial(self._tokenizer(encoder).decode, clean_up_tokenization_spaces=False)
+        # What each stands for; of a letter that is cut in two, neither half has a text.
+        return [[decode([token]).strip() for token in row] for row in tokens.input_ids.tolist()]
+
+    def encode(self, encoder: str, tokens: Tokens, *, masked: bool) -> EncoderOutput:
+        module = self._modules[encoder]
+        device = next(module.parameters()).device
+        output = module(
+            tokens.input_ids.to(device),
+            attention_mask=tokens.attention_mask.to(device) if masked else None,
+            output_hidden_states=True,
+        )
+        pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
+        return EncoderOutput(output.last_hidden_state.float(), output.hidden_states[-2].float(), pooled.float())
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self._modules[UNET].config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    def predict_noise(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, outputs: Mapping[str, EncoderOutput]
+    ) -> torch.Tensor:
+        unet = self._modules[UNET]
+        latents = latents.to(unet.device, unet.dtype)
+        noise = unet(latents, timesteps.to(unet.device), **self.unet_arguments(latents, outputs))
+        return noise.sample.float()  # type: ignore[no-any-return]
+
+    def weight_norm(self, component: str, layer: str) -> float | None:
+        module = self._modules.get(component)
+        if module is None:
+            return None
+        if (component, layer) not in self._norms:
+            paths = {canonical_name(component, path): child for path, child in module.named_modules()}
+            for name, child in paths.items():
+                if isinstance(child, BankLinear):
+                    weight = child.base_layer.weight
+                    self._norms[component, name] = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+        return self._norms.get((component, layer))
+
+    def usage(self, path: str, prompt: str) -> str:
+        lines = [f"pipe.load_lora_weights({path!r})", f"image = pipe({prompt!r}).images[0]"]
+        if self._source is not None:
+            tiny = self._request.source == self.facts.tiny.name
+            model = str(tiny_folder(self.facts)) if tiny else self._request.source
+            loader = "from_single_file" if model.endswith(".safetensors") else "from_pretrained"
+            # Without a dtype the parts of a checkpoint stored in half precision would not come out in one.
+            device = self._request.device
+            dtype, move = ("float32", "") if device == "cpu" else ("float16", f".to({device!r})")
+            pipe = f"diffusers.{self.facts.pipeline}.{loader}({model!r}, dtype=torch.{dtype}){move}"
+            lines[:0] = ["import diffusers, torch", f"pipe = {pipe}"]
+        return "\n".join(lines)
+
+    def _check_tokenizer(self, source: Source, encoder: str) -> None:
+        folder = self.facts.encoders[encoder].tokenizer
+        try:
+            tokenizer = self._tokenizer(encoder)
+            merges = (source.tokenizer(folder) / "merges.txt").read_text(encoding="utf-8").splitlines()
+            # Each token of the vocabulary is a byte, a byte that ends a word, a special one, or merged.
+            whole = len(merges) >= tokenizer.vocab_size - 2 * 256 - len(tokenizer.all_special_tokens)
+        except ModelError:
+            raise
+        except Exception as error:  # the tokenizer library's own, of no common type
+            reason = " ".join(str(error).split())
+            raise ModelError(f"base model {source.name!r}: {folder} is broken or truncated: {reason}") from error
+        if not whole:
+            raise ModelError(f"base model {source.name!r}: {folder} is truncated: merges.txt is too short")
+
+    def _tokenizer(self, encoder: str) -> Any:
+        if encoder not in self._tokenizers:
+            folder = self.facts.encoders[encoder].tokenizer
+            if self._source is None:
+                self._tokenizers[encoder] = getattr(self._request.pipeline, folder)
+            else:
+                from transformers import CLIPTokenizer
+
+                self._tokenizers[encoder] = CLIPTokenizer.from_pretrained(self._source.tokenizer(folder))
+        return self._tokenizers[encoder]
+
+
+def _pipeline_components(pipeline: Any, family: Family) -> list[tuple[str, Any]]:
+    components = [(name, getattr(pipeline, name, None)) for name in family.components]
+    missing = [name for name, module in components if not isinstance(module, nn.Module)]
+    named = f"{type(pipeline).__name__} is no {family.title} pipeline"
+    if missing:
+        raise ModelError(f"{named}: it has no {', '.join(missing)}")
+    reasons = [_foreign_unet(pipeline.unet.config, family)]
+    reasons += [_foreign_encoder(name, getattr(pipeline, name).config.model_type) for name in family.encoders]
+    if any(reasons):
+        raise ModelError(f"{named}: {next(filter(None, reasons))}")
+    for name, module in components:
+        _check_bare(name, module)
+    return components
+
+
+def _foreign_unet(config: Mapping[str, Any], family: Family) -> str:
+    """Why a UNet of this config is none of the family's, or ""."""
+    made_of = config.get("_class_name", _UNET_CLASS)
+    if made_of != _UNET_CLASS:
+        return f"its UNet is a {made_of}, not a {_UNET_CLASS}"
+    return family.foreign(config)
+
+
+def _foreign_encoder(component: str, model_type: str) -> str:
+    return "" if model_type == _CLIP else f"its {component} is of the kind {model_type!r}, not {_CLIP!r}"
+
+
+def _check_bare(component: str, module: Any) -> None:
+    if hasattr(module, "_hf_hook"):
+        raise ModelError(f"{component} is offloaded; a pipeline in memory has to be on one device")
+    if hasattr(module, "peft_config"):
+        raise ModelError(f"{component} already carries a LoRA; unload it first (pipe.unload_lora_weights())")
+
+
+@functools.lru_cache(maxsize=16)
+def _layers_of_config(component: str, kind: ClipEncoder | None, config: str) -> dict[str, tuple[int, int]]:
+    """The linear layers an architecture has, from a component built on the meta device."""
+    try:
+        if kind:
+            module = empty_encoder(kind, json.loads(config))
+        else:
+            from diffusers import UNet2DConditionModel
+
+            with torch.device("meta"):
+                module = UNet2DConditionModel.from_config(json.loads(config))
+    except Exception as error:
+        reason = " ".join(str(error).split())  # the library's own, of many lines
+        raise ModelError(f"{component}: its config.json makes no model: {reason}") from error
+    return _linear_layers(component, module)
+
+
+def _linear_layers(component: str, module: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        canonical_name(component, name): (layer.out_features, layer.in_features)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+
+
+def _cut_off(tokenizer: Any, text: str, room: int) -> str:
+    """The end of `text` that does not fit into `room` tokens."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = encoded["offset_mapping"]
+        return text[offsets[room][0] :].strip() if len(offsets) > room else ""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer.decode(ids[room:]).strip()  # type: ignore[no-any-return]

@@ -1,0 +1,201 @@
+"""Anybody's LoRA file, opened: what it holds layer by layer, from its header alone. No tensor library is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from lora_forge.errors import LoraFileError, quoted
+from lora_forge.files.adapter_config import WEIGHTS, AdapterConfig, read_config, read_metadata_configs
+from lora_forge.files.header import Header, StoredTensor, read_header
+from lora_forge.files.shapes import delta_shape, inner_rank, misfits
+from lora_forge.files.spelling import COMPONENTS, Spelled, read_indexed, read_name
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a layer: the file it is in, its key there, and what the header says of it."""
+
+    file: Path
+    key: str
+    stored: StoredTensor
+
+
+@dataclass(frozen=True)
+class FileLayer:
+    """A layer as a file has it.
+
+    name: the file's own. component, layer: canonical; None where the name does not tell. kind: `lora`, `dora`,
+    or LyCORIS's `loha`, `lokr`, `full` and so on. parts: by what they are (`down`, `up`, `mid`, `alpha`, …).
+    """
+
+    name: str
+    component: str | None
+    layer: str | None
+    kind: str
+    parts: Mapping[str, Part]
+
+    @property
+    def rank(self) -> int | None:
+        """The inner dimension: what alpha is divided by. None for kinds that have none."""
+        return inner_rank(self.kind, self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(out, in) of ΔW, the inputs of a convolution's window together; None where the shapes do not tell."""
+        return delta_shape(self.kind, self.parts)
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file, or a folder of PEFT's.
+
+    format: `kohya`, `lycoris`, `diffusers`, `diffusers-old`, `peft`, `cloneofsimo`, `mixed`, or `none` for a file
+    without a LoRA layer. family: `sdxl`, `sd15`, `sd2`, or None where nothing tells. unknown: keys that are in no
+    spelling of a LoRA. faults: what makes it unfit to load, in words that name a key: formats mixed, a layer that is
+    there twice, tensors that are no layer together. configs: what PEFT's folders say of alpha, by weight file.
+    """
+
+    path: Path
+    headers: Mapping[Path, Header]
+    format: str
+    family: str | None
+    layers: tuple[FileLayer, ...]
+    unknown: tuple[str, ...]
+    faults: tuple[str, ...] = ()
+    configs: Mapping[Path, AdapterConfig] = field(default_factory=dict)
+
+    @cached_property
+    def metadata(self) -> Mapping[str, str]:
+        return {name: text for header in self.headers.values() for name, text in header.metadata.items()}
+
+    @cached_property
+    def metadata_configs(self) -> Mapping[str, AdapterConfig]:
+        """What diffusers' metadata says of alpha, by component; nobody reads it beside another spelling."""
+        return read_metadata_configs(self.metadata) if self.format == "diffusers" else {}
+
+    @property
+    def configured_alphas(self) -> Mapping[Path, float]:
+        """What PEFT's configs say instead of alpha tensors, by file."""
+        return {file: config.alpha for file, config in self.configs.items()}
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, of weight files."""
+        return sum(header.size for header in self.headers.values())
+
+
+def open_lora(path: Path) -> LoraFile:
+    """A LoRA by its file, or by PEFT's folder: one adapter, or one folder of them per component.
+
+    Raises LoraFileError for a file that is broken, or is no safetensors file.
+    """
+    found = dict(_adapters(path)) if path.is_dir() else {path: None}
+    headers = {file: read_header(file) for file in found}
+    layers: dict[tuple[Path, str], dict[str, Part]] = {}
+    spelled: dict[tuple[Path, str], Spelled] = {}
+    formats: dict[str, str] = {}
+    unknown = []
+    for file, header in headers.items():
+        for key, stored in header.tensors.items():
+            read = read_name(key, found[file]) or read_indexed(key)
+            if read is None:
+                unknown.append(key)
+                continue
+            parts = layers.setdefault((file, read.name), {})
+            if read.part in parts:
+                both = f"{quoted(parts[read.part].key)} and {quoted(key)}"
+                raise LoraFileError(f"{str(path)!r}: {both} are the same tensor of one layer")
+            parts[read.part] = Part(file, key, stored)
+            if read.part not in ("alpha", "dora_scale"):  # of kohya's spelling and others alike
+                formats.setdefault(read.format, key)
+                spelled[file, read.name] = read
+            spelled.setdefault((file, read.name), read)
+    made = tuple(
+        FileLayer(name, spelled[file, name].component, spelled[file, name].layer, _kind(parts), parts)
+        for (file, name), parts in layers.items()
+    )
+    format = _format(set(formats))
+    faults = [_mixed(formats)] if format == "mixed" else []
+    faults += [*_twice(made), *(fault for layer in made for fault in misfits(layer.kind, layer.parts))]
+    configs = {file: config for file in found if (config := read_config(file)) is not None}
+    return LoraFile(path, headers, format, _family(made, headers), made, tuple(unknown), tuple(faults), configs)
+
+
+def _adapters(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Weight files of a folder of PEFT's, and the component each is of where the folder's name says so."""
+    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob(f"*/{WEIGHTS}"))
+    if not files:
+        raise LoraFileError(f"{str(folder)!r} is a folder without {WEIGHTS} in it")
+    for file in files:
+        name = file.parent.name
+        yield file, name if name in COMPONENTS else None
+
+
+def _kind(parts: Mapping[str, Part]) -> str:
+    if "dora_scale" in parts:
+        return "dora"
+    if {"down", "up"} & set(parts):
+        return "lora"
+    if "diff" in parts or "diff_b" in parts:
+        return "full"
+    first = next((part for part in parts if part not in ("alpha", "scalar")), "").partition("_")[0]
+    if first.endswith(".weight"):
+        return "glora"
+    return {"hada": "loha", "on": "ia3"}.get(first, first or "alpha alone")
+
+
+def _format(names: set[str]) -> str:
+    if not names:
+        return "none"
+    if len(names) == 1:
+        return next(iter(names))
+    return "lycoris" if names == {"kohya", "lycoris"} else "mixed"
+
+
+def _mixed(formats: Mapping[str, str]) -> str:
+    shown = [f"{quoted(key)} is {format}" for format, key in formats.items()]
+    return f"it mixes formats, which no reader loads whole: {', '.join(shown)}"
+
+
+def _twice(layers: Sequence[FileLayer]) -> Iterator[str]:
+    """Layers of different names that are one and the same: a file that mixes two tools' names for blocks."""
+    seen: dict[tuple[str | None, str], str] = {}
+    for layer in layers:
+        if layer.layer is None:
+            continue
+        first = seen.setdefault((layer.component, layer.layer), layer.name)
+        if first != layer.name:
+            yield f"{quoted(first)} and {quoted(layer.name)} are the same layer"
+
+
+def _family(layers: Sequence[FileLayer], headers: Mapping[Path, Header]) -> str | None:
+    """The base family: from the layers there are and their sizes, then from what the metadata says."""
+    if any(layer.component == "text_encoder_2" for layer in layers):
+        return "sdxl"
+    widths = {"text_encoder": {1024: "sd2"}, "unet": {768: "sd15", 1024: "sd2", 2048: "sdxl"}}
+    for layer in layers:
+        shape = layer.shape
+        # Where layers are only numbered, no other layer of a UNet has such a width.
+        cross = layer.layer is None or layer.layer.endswith((".attn2.to_k", ".attn2.to_v"))
+        if shape and (layer.component == "text_encoder" or (layer.component == "unet" and cross)):
+            known = widths[layer.component].get(shape[1])
+            if known:
+                return known
+    told = {name: text for header in headers.values() for name, text in header.metadata.items()}
+    return _told_family(told, layers)
+
+
+def _told_family(metadata: Mapping[str, str], layers: Sequence[FileLayer]) -> str | None:
+    version, architecture = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
+    if version.startswith("sdxl") or architecture.startswith("stable-diffusion-xl"):
+        return "sdxl"
+    if version.startswith("sd_v2") or metadata.get("ss_v2") == "True" or architecture.startswith("stable-diffusion-v2"):
+        return "sd2"
+    if version.startswith("sd_v1") or architecture.startswith("stable-diffusion-v1"):
+        return "sd15"
+    if any(layer.name.startswith("lora_te_") for layer in layers):
+        return "sd15"
+    return "sdxl" if any(layer.name.startswith(("lora_te1_", "lora_te2_")) for layer in layers) else None
