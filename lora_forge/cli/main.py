@@ -16,6 +16,10 @@ from lora_forge.errors import LoraForgeError, Terminated
 
 _VERBS = {
     "run": ("lora_forge.cli.run", "Make a LoRA for one prompt."),
+    "inspect": ("lora_forge.cli.inspect", "Say what is in a LoRA file, anybody's, and what it does."),
+    "convert": ("lora_forge.cli.convert", "Write a LoRA file in another format."),
+    "merge": ("lora_forge.cli.merge", "Make one LoRA of several."),
+    "effect": ("lora_forge.cli.effect", "Say, without an image, how far a LoRA file moves a prompt, and others."),
     "models": ("lora_forge.cli.models", "List, show and make model configs."),
     "plugins": ("lora_forge.cli.plugins", "List, show, check and make plugins."),
 }
