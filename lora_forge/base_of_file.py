@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 from lora_forge.config.model import read_model_config, shipped_names
 from lora_forge.contracts import Backend, BackendRequest, LayerKey
-from lora_forge.errors import ConfigError, LoraFileError, LoraForgeError, ModelError, blaming, printable
+from lora_forge.errors import ConfigError, LoraFileError, ModelError, blaming, printable
 from lora_forge.files.layer_tensors import LayerTensors, read_layer
 from lora_forge.files.lora_file import FileLayer, LoraFile
-from lora_forge.files.names import diffusers_name, universal_name
+from lora_forge.files.names import RECORD_KEY, own_names
 from lora_forge.options import parse_options
 from lora_forge.plan import IN_MEMORY, Chosen
 from lora_forge.plugins import BUILTIN, Registry
 from lora_forge.recognition import recognized_backend
 from lora_forge.records import BackendSpec
-from lora_forge.saving import RECORD_KEY
 
 USUAL = {"sdxl": "sdxl_base", "sd15": "sd15"}  # model configs, by family
 
@@ -152,7 +150,7 @@ def read_encoder_layers(
     maybe: what `split_layers` gave. sizes: the backend's `architecture()`. Raises LoraFileError for layers that are
     no plain LoRA, or not of this model.
     """
-    names = dict(_names(base.spec, sizes))
+    names = own_names([(component, name) for component in sizes for name in sizes[component]], base.spec.layout)
     found: dict[LayerKey, LayerTensors] = {}
     others: Counter[str] = Counter()
     for layer in maybe:
@@ -166,7 +164,7 @@ def read_encoder_layers(
         if key[0] not in base.spec.encoders:
             others[key[0]] += 1
             continue
-        if layer.kind != "lora" or not {"down", "up"} <= set(layer.parts) <= {"down", "up", "alpha"}:
+        if not layer.is_plain:
             raise LoraFileError(
                 f"{str(lora.path)!r}: {printable(layer.name)!r} is of the kind {printable(layer.kind)!r}; the effect "
                 "of plain LoRA layers alone is measured, and without it the numbers would not be the file's"
@@ -176,16 +174,6 @@ def read_encoder_layers(
         found[key] = read_layer(lora, layer)
     order = {(component, name): None for component in sizes for name in sizes[component]}
     return {key: found[key] for key in order if key in found}, dict(others)
-
-
-def _names(spec: BackendSpec, sizes: Mapping[str, Mapping[str, tuple[int, int]]]) -> Iterator[tuple[str, LayerKey]]:
-    """What our own savers call each layer: for families whose names nobody else knows."""
-    for component, layers in sizes.items():
-        for layer in layers:
-            yield diffusers_name(component, layer), (component, layer)
-            if spec.layout:
-                with suppress(LoraForgeError):  # the layout may not have names for all layers
-                    yield universal_name(spec.layout, component, layer), (component, layer)
 
 
 def _foreign(lora: LoraFile, layer: FileLayer, base: FileBase, size: tuple[int, int] | None = None) -> str:

@@ -20,6 +20,16 @@ from lora_forge.seeds import generator_for
 Texts = tuple[tuple[str, tuple[str, ...]], ...]  # ((encoder, one text per prompt), …)
 
 
+def texts_by_encoder(
+    encoders: Sequence[str], first: Sequence[str], prompts: Sequence[tuple[str, str | None]]
+) -> dict[str, list[str]]:
+    """One text per prompt for each encoder; those that are not `first` read the second text of a prompt, if given."""
+    return {
+        encoder: [text if encoder in first or text_2 is None else text_2 for text, text_2 in prompts]
+        for encoder in encoders
+    }
+
+
 class ModelView:
     """Runs the adapted and the frozen model on texts, and remembers what it has run.
 
@@ -60,6 +70,11 @@ class ModelView:
                     attention_mask=tokens.attention_mask.to(self.device),
                 )
         return {encoder: self._tokens[encoder, rows] for encoder, rows in texts}
+
+    def cut_texts(self) -> list[list[str]]:
+        """Per prompt, the ends of its texts that the model does not read."""
+        tokens = self.tokens(self.texts).values()
+        return [sorted({one.cut[row] for one in tokens} - {""}) for row in range(self.prompts)]
 
     def outputs(self, texts: Texts, *, adapted: bool, masked: bool) -> dict[str, EncoderOutput]:
         """Outputs per encoder, each `(prompts, …)` float32; run once per step (adapted) or per run (frozen)."""

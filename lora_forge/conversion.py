@@ -152,9 +152,14 @@ def known_family(sources: list[Source], family: str | None) -> str | None:
     return next(iter(told), family)
 
 
+def family_layouts() -> dict[str, FileLayout]:
+    """The families that can be converted to the universal layout, and what theirs is."""
+    return {spec.name: spec.layout for spec in lora_forge_backends() if spec.layout}
+
+
 def layout_of(family: str | None, format: str) -> FileLayout | None:
     """A family's universal layout. Raises LoraFileError where `format` needs one and there is none."""
-    layouts = {spec.name: spec.layout for spec in lora_forge_backends() if spec.layout}
+    layouts = family_layouts()
     layout = layouts.get(family or "")
     if layout is None and format == "safetensors":
         known = " or ".join(sorted(layouts))

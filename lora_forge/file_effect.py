@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lora_forge.bank import Bank, BankSlot, Pair
-from lora_forge.batch import ModelView
+from lora_forge.batch import ModelView, texts_by_encoder
 from lora_forge.contracts import Backend, LayerKey, TargetLayer
 from lora_forge.effect import Shift, conditioning_shifts
 from lora_forge.errors import LoraFileError
@@ -187,10 +187,7 @@ class _Measuring:
         return -(-len(prompts) // _ROWS) + per_layer * (1 + leave_one_out) * chunks + 1
 
     def view(self, prompts: Sequence[Prompt], encoders: Sequence[str]) -> ModelView:
-        texts = {
-            encoder: [one.text if encoder in self.first or one.text_2 is None else one.text_2 for one in prompts]
-            for encoder in encoders
-        }
+        texts = texts_by_encoder(encoders, self.first, [(one.text, one.text_2) for one in prompts])
         return ModelView(self.backend, self.slot, texts, [0] * len(prompts), self.device)
 
     def prompts(self, prompts: Sequence[Prompt]) -> list[PromptEffect]:
@@ -349,9 +346,8 @@ def _specificities(effects: Sequence[PromptEffect], rounding: float) -> Iterator
 
 def _cut(view: ModelView, prompts: Sequence[Prompt]) -> Iterator[str]:
     """What the model does not read of a prompt, in words."""
-    tokens = view.tokens(view.texts).values()
-    for row, prompt in enumerate(prompts):
-        for text in sorted({one.cut[row] for one in tokens} - {""}):
+    for prompt, texts in zip(prompts, view.cut_texts(), strict=True):
+        for text in texts:
             yield f"the {prompt.role} prompt is longer than the model reads; this is cut off: {text!r}"
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from lora_forge.errors import printable, quoted
 from lora_forge.files.lora_file import LoraFile, open_lora
+from lora_forge.files.names import RECORD_KEY
 from lora_forge.inspection import LayerReport, report_layers
 from lora_forge.places import OUTSIDE, natural, place_of
 
-RECORD_KEY = "lora_forge"
 _SEVERAL = 5
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_forge.errors import LoraFileError, quoted
-from lora_forge.files.arrays import read_array
+from lora_forge.files.arrays import layer_alpha, read_array
 from lora_forge.files.deltas import norm_and_rank
 from lora_forge.files.lora_file import FileLayer, LoraFile
 from lora_forge.files.shapes import misfits
@@ -45,21 +45,6 @@ class LayerReport:
     def does_nothing(self) -> bool:
         """Whether ΔW is zero."""
         return self.delta_norm == 0
-
-
-def layer_alpha(lora: LoraFile, layer: FileLayer) -> float | None:
-    """A layer's alpha: its own tensor, PEFT's config, or diffusers' metadata; None where the file has none.
-
-    Raises LoraFileError for an alpha that is not one number.
-    """
-    if "alpha" in layer.parts:
-        alpha = layer.parts["alpha"]
-        if math.prod(alpha.stored.shape) != 1:
-            raise LoraFileError(f"{quoted(alpha.key)} is not one number")
-        return float(read_array(lora, alpha).reshape(()))
-    configs = [lora.configs[part.file] for part in layer.parts.values() if part.file in lora.configs]
-    config = configs[0] if configs else lora.metadata_configs.get(layer.component or "")
-    return config.alpha_of(layer.layer or layer.name, layer.rank) if config else None
 
 
 def report_layers(lora: LoraFile, *, measure: bool = True) -> Iterator[LayerReport]:

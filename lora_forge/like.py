@@ -13,9 +13,10 @@ from lora_forge.config.model import shipped_names
 from lora_forge.config.run import Choice, RunConfig
 from lora_forge.errors import ConfigError, LoraFileError, Problem, printable
 from lora_forge.files.header import read_metadata
+from lora_forge.files.names import RECORD_KEY
 from lora_forge.plan import IN_MEMORY
 from lora_forge.plugins import BUILTIN, Registry, Supplied
-from lora_forge.saving import RECORD_FORMAT, RECORD_KEY
+from lora_forge.saving import RECORD_FORMAT
 
 _SCALARS = (
     *("prompt", "prompt_2", "model", "base_model", "rank", "alpha", "iterations", "l2", "seed", "dtype", "inert"),

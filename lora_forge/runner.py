@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_forge.bank import Bank
-from lora_forge.batch import ModelView
+from lora_forge.batch import ModelView, texts_by_encoder
 from lora_forge.clock import Clock
 from lora_forge.effect import Effect, measure_effect
 from lora_forge.errors import ObjectiveError, blaming
@@ -151,18 +151,14 @@ def _evaluate(plan: Plan, objective: Objective, bank: Bank, view: ModelView, log
 def _texts(plan: Plan, requests: Sequence[Request]) -> dict[str, list[str]]:
     """One text per prompt for each encoder in use; the second encoder and later read `prompt_2` if given."""
     first = plan.backend_spec.encoders[:1]
-    return {
-        encoder: [r.prompt if encoder in first or r.prompt_2 is None else r.prompt_2 for r in requests]
-        for encoder in plan.encoders
-    }
+    return texts_by_encoder(plan.encoders, first, [(r.prompt, r.prompt_2) for r in requests])
 
 
 def _cut_texts(view: ModelView) -> list[list[str]]:
     """Per prompt, what of it the model does not read, in words."""
-    cut = [{tokens.cut[i] for tokens in view.tokens(view.texts).values()} - {""} for i in range(view.prompts)]
     return [
-        [f"the prompt is longer than the model reads; this is cut off: {text!r}" for text in sorted(texts)]
-        for texts in cut
+        [f"the prompt is longer than the model reads; this is cut off: {text!r}" for text in texts]
+        for texts in view.cut_texts()
     ]
 
 

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from lora_forge import __version__
 from lora_forge.contracts import LayerKey, LoraWeights, SaveReport, SaveRequest
 from lora_forge.errors import PluginError, RunFailed, blaming
-from lora_forge.files.names import file_stem
+from lora_forge.files.names import RECORD_KEY, file_stem
 from lora_forge.output import appearing
 from lora_forge.plan import Plan, Request
 
 if TYPE_CHECKING:
     from lora_forge.effect import Effect
 
-RECORD_KEY = "lora_forge"
 RECORD_FORMAT = 1
 
 

@@ -4,65 +4,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lora_forge import SaverSpec, hookimpl
-from lora_forge.contracts import LoraWeights, SaveReport, SaveRequest
+from lora_forge.contracts import SaveReport, SaveRequest
 from lora_forge.errors import LoraForgeError
 from lora_forge.files.canonical import write_safetensors
-from lora_forge.files.names import diffusers_name, file_stem, missing_siblings, universal_name
-
-if TYPE_CHECKING:
-    import torch
+from lora_forge.files.formats import diffusers_tensors, universal_tensors, with_siblings
+from lora_forge.files.layer_tensors import Layers, LayerTensors
+from lora_forge.files.names import file_stem
 
 
 def universal(request: SaveRequest) -> SaveReport:
     """kohya's keys, and alpha for every layer. Raises LoraForgeError for a family that has no such layout."""
-    import torch
-
     layout = request.layout
     if layout is None:
         family = repr(request.family)
         raise LoraForgeError(
             f"the universal layout has no names for the family {family}; choose another saver, such as 'diffusers'"
         )
-    weights, padded = _padded(request.weights)
-    tensors: dict[str, torch.Tensor] = {}
-    for component, layers in weights.items():
-        for layer, pair in layers.items():
-            name = universal_name(layout, component, layer)
-            tensors[f"{name}.lora_down.weight"] = pair["lora_A"]
-            tensors[f"{name}.lora_up.weight"] = pair["lora_B"]
-            tensors[f"{name}.alpha"] = torch.tensor(request.alpha, dtype=torch.float32)
-    write_safetensors(request.path, tensors, _metadata(request))
+    layers, padded = with_siblings(_layers(request, request.alpha))
+    write_safetensors(request.path, universal_tensors(layers, layout), _metadata(request))
     return SaveReport(padded)
 
 
 def diffusers(request: SaveRequest) -> SaveReport:
     """PEFT's spelling under component names, alpha / rank folded into B: every reader takes alpha = rank then."""
-    weights, padded = _padded(request.weights)
-    scale = request.alpha / request.rank
-    tensors: dict[str, torch.Tensor] = {}
-    for component, layers in weights.items():
-        for layer, pair in layers.items():
-            name = diffusers_name(component, layer)
-            tensors[f"{name}.lora_A.weight"] = pair["lora_A"]
-            tensors[f"{name}.lora_B.weight"] = pair["lora_B"] * scale
-    write_safetensors(request.path, tensors, _metadata(request))
+    layers, padded = with_siblings(_layers(request, request.rank, request.alpha / request.rank))
+    write_safetensors(request.path, diffusers_tensors(layers), _metadata(request))
     return SaveReport(padded)
 
 
-def _padded(weights: LoraWeights) -> tuple[LoraWeights, tuple[str, ...]]:
-    """The weights with zero layers where readers demand an encoder's whole attention, and their names."""
-    import torch
-
-    result = {component: dict(layers) for component, layers in weights.items()}
-    padded = []
-    for component, layers in weights.items():
-        for layer, sibling in missing_siblings(list(layers)).items():
-            result[component][layer] = {name: torch.zeros_like(value) for name, value in layers[sibling].items()}
-            padded.append(f"{component}.{layer}")
-    return result, tuple(padded)
+def _layers(request: SaveRequest, alpha: float, scale: float = 1.0) -> Layers:
+    """The request's layers under another alpha, their B times `scale`."""
+    return {
+        (component, layer): LayerTensors(pair["lora_A"], pair["lora_B"] * scale, alpha)
+        for component, layers in request.weights.items()
+        for layer, pair in layers.items()
+    }
 
 
 def _metadata(request: SaveRequest) -> dict[str, str]:

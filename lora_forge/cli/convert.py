@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_forge.conversion import convert, family_layouts
 from lora_forge.files.formats import FORMATS
 
 if TYPE_CHECKING:
     from lora_forge.files.layer_tensors import Layers
 
-FAMILIES = ("sd15", "sdxl")
+FAMILIES = tuple(sorted(family_layouts()))
 
 family_option = click.option(
-    "--family", type=click.Choice(FAMILIES), default=None, help="what it is a LoRA of, where nothing in the file tells"
+    "--family",
+    type=click.Choice(FAMILIES),
+    default=None,
+    help="what it is a LoRA of, where nothing in the file tells",
 )
 
 
@@ -32,7 +36,6 @@ def command(source: Path, output: Path, format: str, drop_unknown: bool, family:
     IN is a .safetensors of kohya's, LyCORIS's, diffusers' or PEFT's spelling, or a folder of PEFT's.
     """
     from lora_forge.cli.display import print_warnings
-    from lora_forge.conversion import convert
 
     done = convert(source, output, format, drop_unknown=drop_unknown, family=family, overwrite=overwrite)
     print_warnings(done.notes)

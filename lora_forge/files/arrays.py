@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from lora_forge.errors import LoraFileError, quoted
-from lora_forge.files.lora_file import LoraFile, Part
+from lora_forge.files.lora_file import FileLayer, LoraFile, Part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,18 +31,42 @@ def read_array(lora: LoraFile, part: Part) -> Array:
         raise LoraFileError(f"{where} is {stored.dtype}, which is not read")
     if math.prod(stored.shape) > LARGEST_TENSOR:
         raise LoraFileError(f"{where} is too large to be a LoRA's: {math.prod(stored.shape)} numbers")
+    return _numbers(read_bytes(lora, part, where), stored.dtype).reshape(stored.shape)
+
+
+def read_bytes(lora: LoraFile, part: Part, where: str) -> bytearray:
+    """A tensor's bytes, by place: what was checked in the header is what is read.
+
+    Raises LoraFileError, starting with `where`, for what cannot be read or is no longer all there.
+    """
+    stored = part.stored
     try:
         with part.file.open("rb") as file:
             file.seek(lora.headers[part.file].start + stored.begin)
-            content = file.read(stored.end - stored.begin)
+            content = bytearray(file.read(stored.end - stored.begin))
     except OSError as error:
         raise LoraFileError(f"{where} cannot be read: {error.strerror}") from error
     if len(content) != stored.end - stored.begin:
         raise LoraFileError(f"{where} is cut off")
-    return _numbers(content, stored.dtype).reshape(stored.shape)
+    return content
 
 
-def _numbers(content: bytes, dtype: str) -> Array:
+def layer_alpha(lora: LoraFile, layer: FileLayer) -> float | None:
+    """A layer's alpha: its own tensor, PEFT's config, or diffusers' metadata; None where the file has none.
+
+    Raises LoraFileError for an alpha that is not one number.
+    """
+    if "alpha" in layer.parts:
+        alpha = layer.parts["alpha"]
+        if math.prod(alpha.stored.shape) != 1:
+            raise LoraFileError(f"{quoted(alpha.key)} is not one number")
+        return float(read_array(lora, alpha).reshape(()))
+    configs = [lora.configs[part.file] for part in layer.parts.values() if part.file in lora.configs]
+    config = configs[0] if configs else lora.metadata_configs.get(layer.component or "")
+    return config.alpha_of(layer.layer or layer.name, layer.rank) if config else None
+
+
+def _numbers(content: bytearray, dtype: str) -> Array:
     import numpy as np
 
     if dtype == "BF16":  # the upper half of a float32

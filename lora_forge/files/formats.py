@@ -15,7 +15,7 @@ from lora_forge.files.adapter_config import CONFIG, WEIGHTS
 from lora_forge.files.canonical import write_safetensors
 from lora_forge.files.layer_tensors import Layers, LayerTensors, torch_dtype
 from lora_forge.files.names import diffusers_name, missing_siblings, universal_name
-from lora_forge.files.scaling import by_component, uniform, with_alpha
+from lora_forge.files.scaling import by_component, float32, uniform, with_alpha
 from lora_forge.records import FileLayout
 
 if TYPE_CHECKING:
@@ -47,14 +47,14 @@ def lay_out(layers: Layers, format: str, *, pad: bool = True) -> Laid:
     layers, notes = uniform(layers)
     padded: tuple[str, ...] = ()
     if pad and format != "peft":
-        layers, padded = _with_siblings(layers)
+        layers, padded = with_siblings(layers)
     if format == "safetensors":
         layers = {key: replace(one, alpha=_nearest_float32(one.alpha)) for key, one in layers.items()}
     firsts = {component: next(iter(own.values())) for component, own in by_component(layers).items()}
     folded = {
         component: float(first.rank)
         for component, first in firsts.items()
-        if format == "diffusers" or (format == "safetensors" and not _is_float32(first.alpha))
+        if format == "diffusers" or (format == "safetensors" and first.alpha != float32(first.alpha))
     }
     layers, rounded, widened = with_alpha(layers, folded)
     notes += [
@@ -68,16 +68,13 @@ def lay_out(layers: Layers, format: str, *, pad: bool = True) -> Laid:
 def universal_tensors(layers: Layers, layout: FileLayout) -> dict[str, torch.Tensor]:
     """The family's universal layout: kohya's keys, and alpha for every layer.
 
-    Raises LoraFileError for a layer that the layout has no name for.
+    Raises LoraForgeError for a layer that the layout has no name for.
     """
     import torch
 
     tensors: dict[str, torch.Tensor] = {}
     for (component, layer), one in layers.items():
-        try:
-            name = universal_name(layout, component, layer)
-        except LoraForgeError as error:
-            raise LoraFileError(str(error)) from error
+        name = universal_name(layout, component, layer)
         alpha = torch.tensor(one.alpha, dtype=torch_dtype(one.alpha_dtype))
         tensors[f"{name}.lora_down.weight"] = one.down
         tensors[f"{name}.lora_up.weight"] = one.up
@@ -135,12 +132,17 @@ def write_format(
     if format == "safetensors":
         if layout is None:
             raise LoraFileError("no universal layout is known for its family; convert to 'diffusers' or 'peft'")
-        write_safetensors(path, universal_tensors(layers, layout), metadata)
+        try:
+            tensors = universal_tensors(layers, layout)
+        except LoraForgeError as error:
+            raise LoraFileError(str(error)) from error
+        write_safetensors(path, tensors, metadata)
         return
     write_safetensors(path, diffusers_tensors(layers), metadata)
 
 
-def _with_siblings(layers: Layers) -> tuple[Layers, tuple[str, ...]]:
+def with_siblings(layers: Layers) -> tuple[Layers, tuple[str, ...]]:
+    """The layers with ones of zeros where readers demand an encoder's whole attention, and what those are called."""
     import torch
 
     result, padded = dict(layers), []
@@ -155,16 +157,8 @@ def _with_siblings(layers: Layers) -> tuple[Layers, tuple[str, ...]]:
 
 def _nearest_float32(alpha: float) -> float:
     """alpha as a float32 if that is within half a unit in the last place, else as it is."""
-    import torch
-
-    nearest = float(torch.tensor(alpha, dtype=torch.float32))
+    nearest = float32(alpha)
     return nearest if abs(nearest - alpha) <= abs(alpha) * 2**-24 else alpha
-
-
-def _is_float32(alpha: float) -> bool:
-    import torch
-
-    return float(torch.tensor(alpha, dtype=torch.float32)) == alpha
 
 
 def _installed_path(component: str, layer: str) -> str:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from lora_forge.contracts import LayerKey
 from lora_forge.errors import LoraFileError, printable
+from lora_forge.files.arrays import layer_alpha, read_bytes
 from lora_forge.files.lora_file import FileLayer, LoraFile, Part
 from lora_forge.files.names import is_layer
-from lora_forge.inspection import layer_alpha
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def read_layers(lora: LoraFile, *, drop_unknown: bool = False) -> tuple[Layers, 
         )
     if lora.faults:
         raise LoraFileError(f"{str(lora.path)!r}: {lora.faults[0]}")
-    mapped = [layer for layer in lora.layers if is_layer(layer.component, layer.layer) and _is_plain(layer)]
+    mapped = [layer for layer in lora.layers if is_layer(layer.component, layer.layer) and layer.is_plain]
     unmapped = _without(lora, mapped)
     if unmapped and not drop_unknown:
         raise LoraFileError(
@@ -104,10 +104,6 @@ def named_keys(keys: Sequence[str]) -> str:
     return ", ".join(repr(printable(key)) for key in keys[:_NAMED]) + more
 
 
-def _is_plain(layer: FileLayer) -> bool:
-    return layer.kind == "lora" and {"down", "up"} <= set(layer.parts) <= {"down", "up", "alpha"}
-
-
 def _without(lora: LoraFile, layers: Sequence[FileLayer]) -> tuple[str, ...]:
     """All keys but those of these layers, in the file's order."""
     taken = {(part.file, part.key) for layer in layers for part in layer.parts.values()}
@@ -119,23 +115,13 @@ def _counted(keys: Sequence[str]) -> str:
 
 
 def _read(lora: LoraFile, part: Part) -> torch.Tensor:
-    """A tensor as it is stored. Raises LoraFileError if it cannot be read, is no floating-point number's or not finite.
-
-    Read by place, not by a second reading of the header: what was checked is what is read.
-    """
+    """A tensor as it is stored. Raises LoraFileError if it cannot be read, is no float or not finite."""
     import torch
 
     stored, where = part.stored, f"{str(lora.path)!r}: {printable(part.key)!r}"
     if stored.dtype not in _DTYPES:
         raise LoraFileError(f"{where} is {stored.dtype}; read are {', '.join(_DTYPES)}")
-    try:
-        with part.file.open("rb") as file:
-            file.seek(lora.headers[part.file].start + stored.begin)
-            content = bytearray(file.read(stored.end - stored.begin))
-    except OSError as error:
-        raise LoraFileError(f"{where} cannot be read: {error.strerror}") from error
-    if len(content) != stored.end - stored.begin:
-        raise LoraFileError(f"{where} is cut off")
+    content = read_bytes(lora, part, where)
     tensor = torch.frombuffer(content, dtype=torch_dtype(stored.dtype)).reshape(stored.shape)
     if not bool(torch.isfinite(tensor).all()):
         raise LoraFileError(f"{where} is not finite: it holds {'NaN' if bool(tensor.isnan().any()) else 'infinity'}")

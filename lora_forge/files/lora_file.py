@@ -43,6 +43,11 @@ class FileLayer:
         return inner_rank(self.kind, self.parts)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether ΔW is alpha / rank · up @ down, and nothing else."""
+        return self.kind == "lora" and {"down", "up"} <= set(self.parts) <= {"down", "up", "alpha"}
+
+    @property
     def shape(self) -> tuple[int, int] | None:
         """(out, in) of ΔW, the inputs of a convolution's window together; None where the shapes do not tell."""
         return delta_shape(self.kind, self.parts)
@@ -75,11 +80,6 @@ class LoraFile:
     def metadata_configs(self) -> Mapping[str, AdapterConfig]:
         """What diffusers' metadata says of alpha, by component; nobody reads it beside another spelling."""
         return read_metadata_configs(self.metadata) if self.format == "diffusers" else {}
-
-    @property
-    def configured_alphas(self) -> Mapping[Path, float]:
-        """What PEFT's configs say instead of alpha tensors, by file."""
-        return {file: config.alpha for file, config in self.configs.items()}
 
     @property
     def size(self) -> int:

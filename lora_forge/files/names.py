@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 
+from lora_forge.contracts import LayerKey
 from lora_forge.errors import LoraForgeError
 from lora_forge.records import FileLayout
 
+RECORD_KEY = "lora_forge"  # of the metadata: the run's own record, as JSON
 # A UNet with two resnets per block: each block is three ldm blocks long.
 _STRIDE = 3
 _RESNET = {
@@ -99,6 +103,17 @@ def is_layer(component: str | None, layer: str | None) -> bool:
     """Whether a canonical name is that of a layer of a CLIP text encoder or a UNet, as SD 1.x, 2 and XL have them."""
     pattern = _LAYERS.get(component or "")
     return pattern is not None and layer is not None and pattern.match(layer) is not None
+
+
+def own_names(keys: Iterable[LayerKey], layout: FileLayout | None) -> dict[str, LayerKey]:
+    """What our own savers call these layers, in either spelling: of a family from a plugin, nobody else knows."""
+    names: dict[str, LayerKey] = {}
+    for key in keys:
+        names[diffusers_name(*key)] = key
+        if layout:
+            with suppress(LoraForgeError):  # the layout may not have names for all layers
+                names[universal_name(layout, *key)] = key
+    return names
 
 
 def file_stem(prompt: str) -> str:

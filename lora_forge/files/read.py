@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from lora_forge.contracts import LayerKey, LoraWeights, TargetLayer
-from lora_forge.errors import LoraFileError, LoraForgeError, printable
+from lora_forge.contracts import LoraWeights, TargetLayer
+from lora_forge.errors import LoraFileError, printable
 from lora_forge.files.arrays import read_array
 from lora_forge.files.layer_tensors import LayerTensors, read_layer
 from lora_forge.files.lora_file import LoraFile, Part, open_lora
-from lora_forge.files.names import diffusers_name, universal_name
+from lora_forge.files.names import own_names
 from lora_forge.records import FileLayout
 
 
@@ -32,7 +31,7 @@ def read_lora(
     if lora.faults:
         raise LoraFileError(f"{path.name}: {lora.faults[0]}")
     targets = {layer.key: layer for layer in layers}
-    names = _names(targets, layout)
+    names = own_names(targets, layout)
     result: LoraWeights = {}
     foreign = _not_zero(lora, _unknown(lora))
     for found in lora.layers:
@@ -40,7 +39,7 @@ def read_lora(
         if key not in targets:
             foreign += _not_zero(lora, [part for name, part in found.parts.items() if name != "alpha"])
             continue
-        if found.kind != "lora" or not set(found.parts) <= {"down", "up", "alpha"}:
+        if not found.is_plain:
             raise LoraFileError(f"{path.name}: {printable(found.name)!r} is no plain LoRA layer")
         one = read_layer(lora, found)
         _check_fits(one, targets[key], rank, path)
@@ -57,17 +56,6 @@ def read_lora(
         for component in dict.fromkeys(component for component, _ in targets)
         if (own := result.get(component))
     }
-
-
-def _names(targets: dict[LayerKey, TargetLayer], layout: FileLayout | None) -> dict[str, LayerKey]:
-    """What our own savers call the target layers: of a family from a plugin, nobody else knows."""
-    names = {diffusers_name(*key): key for key in targets}
-    if layout is None:
-        return names
-    for key in targets:
-        with suppress(LoraForgeError):  # the layout may not have names for all layers
-            names[universal_name(layout, *key)] = key
-    return names
 
 
 def _check_fits(one: LayerTensors, target: TargetLayer, rank: int, path: Path) -> None:

@@ -67,7 +67,7 @@ def uniform(layers: Layers) -> tuple[Layers, list[str]]:
             continue
         rank = max(ranks)
         _check_growth(component, own, rank)
-        alpha = _float32(Counter(one.scale for one in own.values()).most_common(1)[0][0] * rank)
+        alpha = float32(Counter(one.scale for one in own.values()).most_common(1)[0][0] * rank)
         if not alpha or not math.isfinite(alpha):
             raise LoraFileError(f"{component}: no one alpha stands for alphas so far apart")
         exact = True
@@ -134,7 +134,8 @@ def _check_growth(component: str, own: Mapping[str, LayerTensors], rank: int) ->
         )
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
+    """The nearest float32."""
     import torch
 
     return float(torch.tensor(value, dtype=torch.float32))

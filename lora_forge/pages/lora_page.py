@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_forge.file_report import RECORD_KEY, FileReport, Group, counted, own_record, several, shortened
+from lora_forge.file_report import FileReport, Group, counted, own_record, several, shortened
+from lora_forge.files.names import RECORD_KEY
 from lora_forge.inspection import LayerReport
 from lora_forge.pages.figures import Cell, colour_range, heat_map, plain
 from lora_forge.pages.page import render

@@ -13,7 +13,7 @@ import torch
 from lora_forge.contracts import LayerKey, LoraWeights, SaveRequest, TargetLayer
 from lora_forge.errors import LoraFileError, LoraForgeError
 from lora_forge.files.lora_file import open_lora
-from lora_forge.files.names import diffusers_name, universal_name
+from lora_forge.files.names import own_names
 from lora_forge.files.read import read_lora
 from lora_forge.plugins import attribute_named
 from lora_forge.records import SaverSpec
@@ -190,9 +190,7 @@ class _Exam:
 def _check_names(request: SaveRequest) -> None:
     """lora-forge reads other spellings than it writes; the family's own readers may not. Raises LoraFileError."""
     keys = [(component, layer) for component, layers in request.weights.items() for layer in layers]
-    known = {diffusers_name(*key) for key in keys}
-    if request.layout:
-        known |= {universal_name(request.layout, *key) for key in keys}
+    known = own_names(keys, request.layout)
     for layer in open_lora(request.path).layers:
         if layer.name not in known and (layer.component, layer.layer) in keys:
             raise LoraFileError(f"{layer.name!r} is no name that such a LoRA's readers know")
