@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_forge.builtin.backends import lora_forge_backends
-from lora_forge.errors import LoraFileError, OutputError, UsageError
+from lora_forge.errors import LoraFileError
 from lora_forge.files.formats import FOLDERS, FORMATS, lay_out, write_format
 from lora_forge.files.layer_tensors import Layers, named_keys, read_layers, torch_dtype
 from lora_forge.files.lora_file import open_lora
 from lora_forge.files.scaling import by_component, with_alpha
-from lora_forge.output import appearing, check_output
+from lora_forge.output import appearing, check_apart, check_output
 from lora_forge.records import FileLayout
 
 if TYPE_CHECKING:
@@ -131,15 +131,6 @@ def convert(
     return Conversion(read.format, laid.layers, read.dropped, tuple(notes))
 
 
-def check_apart(inputs: list[Path], output: Path) -> None:
-    """Check that what is written replaces nothing that is read. Raises OutputError."""
-    written = _resolved(output)
-    for path in inputs:
-        read = _resolved(path)
-        if read == written or read in written.parents or written in read.parents:
-            raise OutputError(f"output {str(output)!r} is, or is within, or holds the input {str(path)!r}")
-
-
 def known_family(sources: list[Source], family: str | None) -> str | None:
     """The family the files are LoRAs of: what they tell, or `family`. Raises LoraFileError where those contradict."""
     told = {source.family: source.path for source in sources if source.family}
@@ -249,10 +240,3 @@ def _read_before(data: Any) -> Before:
     if was.alpha == 0 or not math.isfinite(was.alpha):
         raise ValueError
     return was
-
-
-def _resolved(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{str(path)!r} is no path: {error}") from error

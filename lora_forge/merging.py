@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_forge.contracts import LayerKey
-from lora_forge.conversion import Source, check_apart, known_family, layout_of, network_metadata, read_source
+from lora_forge.conversion import Source, known_family, layout_of, network_metadata, read_source
 from lora_forge.errors import LoraFileError
 from lora_forge.files.formats import FOLDERS, lay_out, write_format
 from lora_forge.files.layer_tensors import Layers, LayerTensors
 from lora_forge.files.scaling import scaled
-from lora_forge.output import appearing, check_output
+from lora_forge.output import appearing, check_apart, check_output
 
 if TYPE_CHECKING:
     import torch

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora_forge.errors import OutputError
+from lora_forge.errors import OutputError, UsageError
 
 # What a folder holds that may be replaced: an adapter of PEFT's for each component, and nothing beside them.
 _ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -38,6 +38,15 @@ def check_output(path: Path, *, overwrite: bool, folder: bool = False) -> None:
             pass
     except OSError as error:
         raise OutputError(f"{shown} cannot be written: {error.strerror}") from error
+
+
+def check_apart(inputs: Iterable[Path], output: Path) -> None:
+    """Check that what is written replaces nothing that is read. Raises OutputError."""
+    written = _resolved(output)
+    for path in inputs:
+        read = _resolved(path)
+        if read == written or read in written.parents or written in read.parents:
+            raise OutputError(f"output {str(output)!r} is, or is within, or holds the input {str(path)!r}")
 
 
 @contextmanager
@@ -106,3 +115,10 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{str(path)!r} is no path: {error}") from error

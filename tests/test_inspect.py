@@ -321,6 +321,13 @@ def test_a_page_that_exists_is_kept_unless_it_may_be_replaced(tmp_path: Path, ca
     assert page.read_text().startswith("<!doctype html>")
 
 
+def test_a_page_never_replaces_the_file_it_is_about(tmp_path: Path, capsys: Capture) -> None:
+    path = saved(tmp_path / "a.safetensors", small_sdxl())
+    before = path.read_bytes()
+    assert "holds the input" in refused(capsys, "inspect", path, "--html", path, "--overwrite")
+    assert path.read_bytes() == before
+
+
 def test_listing_headers_imports_nothing_heavy(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", small_sdxl())
     script = (

@@ -30,8 +30,9 @@ def command(
     from lora_forge.file_report import report_file
 
     if page is not None:
-        from lora_forge.output import check_output
+        from lora_forge.output import check_apart, check_output
 
+        check_apart(files, page)  # --overwrite replaces a page, never the LoRA it is about
         check_output(page, overwrite=overwrite)
     reports: list[FileReport] = []
     refusals: list[str] = []
