@@ -11,7 +11,7 @@ from lora_forge.events import RunInfo
 
 if TYPE_CHECKING:
     from lora_forge.contracts import LoraWeights
-    from lora_forge.effect import Effect
+    from lora_forge.effect.measure import Effect
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from lora_forge.bank import Bank
 from lora_forge.batch import ModelView, texts_by_encoder
 from lora_forge.clock import Clock
-from lora_forge.effect import Effect, measure_effect
+from lora_forge.effect.measure import Effect, measure_effect
 from lora_forge.errors import ObjectiveError, blaming
 from lora_forge.events import RunFailure, RunFinish, RunInfo, RunStart
 from lora_forge.initial import initial_weights

@@ -18,7 +18,7 @@ from lora_forge.output import appearing
 from lora_forge.plan import Plan, Request
 
 if TYPE_CHECKING:
-    from lora_forge.effect import Effect
+    from lora_forge.effect.measure import Effect
 
 RECORD_FORMAT = 1
 

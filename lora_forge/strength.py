@@ -6,7 +6,7 @@ import torch
 
 from lora_forge.bank import Bank
 from lora_forge.batch import ModelView
-from lora_forge.effect import conditioning_shifts
+from lora_forge.effect.measure import conditioning_shifts
 from lora_forge.errors import RunFailed
 from lora_forge.plan import Plan
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lora_forge
 from lora_forge.cli.main import main
 from lora_forge.clip_unet.family import Family
-from lora_forge.control_prompts import CONTROL_PROMPTS
+from lora_forge.effect.control_prompts import CONTROL_PROMPTS
 
 OWL = "a steampunk owl"
 FEW = ("--random", "1", "--skip-layers")

@@ -123,7 +123,7 @@ def test_headers_reads_no_tensor(tmp_path: Path, capsys: Capture, monkeypatch: p
     def read(*_: object) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("lora_forge.inspection.read_array", read)
+    monkeypatch.setattr("lora_forge.inspection.layers.read_array", read)
     path = saved(tmp_path / "a.safetensors", small_sdxl())
     text = shown(capsys, path, "--headers")
     assert "not read  tensors" in text

@@ -16,7 +16,7 @@ import lora_forge
 from lora_forge.errors import LoraFileError
 from lora_forge.files.arrays import layer_alpha, read_array
 from lora_forge.files.lora_file import open_lora
-from lora_forge.inspection import LayerReport, report_layers
+from lora_forge.inspection.layers import LayerReport, report_layers
 
 Tensors = dict[str, torch.Tensor]
 

@@ -14,8 +14,8 @@ from chromium import needs_chromium, opened
 from lora_files import Q_PROJ, TO_K, numbers, pair, saved, small_sdxl
 
 from lora_forge.cli.main import main
+from lora_forge.inspection.places import place_of
 from lora_forge.pages.figures import Cell, colour_range, heat_map
-from lora_forge.places import place_of
 
 EVIL = "<img src=x onerror=\"document.title='run'\"></script><script>document.title='run'</script>{{7*7}}"
 

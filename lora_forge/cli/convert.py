@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_forge.conversion import convert, family_layouts
+from lora_forge.conversion.convert import convert, family_layouts
 from lora_forge.files.formats import FORMATS
 
 if TYPE_CHECKING:

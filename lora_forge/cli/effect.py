@@ -17,8 +17,8 @@ from lora_forge.errors import UsageError
 from lora_forge.options import Text
 
 if TYPE_CHECKING:
-    from lora_forge.base_of_file import FileBase
-    from lora_forge.file_effect import FileEffect, Prompt
+    from lora_forge.effect.base_model import FileBase
+    from lora_forge.effect.of_file import FileEffect, Prompt
     from lora_forge.files.lora_file import LoraFile
 
 DRAWN = 16  # control prompts, unless --random says another number
@@ -85,7 +85,7 @@ def command(file: Path, as_json: bool, every_layer: bool, **given: Any) -> None:
 
 def _measure(file: Path, **given: Any) -> dict[str, Any]:
     """The whole answer, JSON-ready."""
-    from lora_forge.base_of_file import base_of, recorded_run, split_layers
+    from lora_forge.effect.base_model import base_of, recorded_run, split_layers
     from lora_forge.files.lora_file import open_lora
 
     config = _checked(given)
@@ -113,13 +113,13 @@ def _measure(file: Path, **given: Any) -> dict[str, Any]:
 def _effect(
     lora: LoraFile, base: FileBase, maybe: Sequence[Any], prompts: Sequence[Prompt], config: RunConfig, given: Any
 ) -> tuple[FileEffect, dict[str, int]]:
-    from lora_forge.file_effect import NOTHING_TO_MEASURE, measure_file_effect
+    from lora_forge.effect.of_file import NOTHING_TO_MEASURE, measure_file_effect
 
     if not maybe:
         return NOTHING_TO_MEASURE, {}
     import torch
 
-    from lora_forge.base_of_file import read_encoder_layers
+    from lora_forge.effect.base_model import read_encoder_layers
     from lora_forge.errors import blaming
     from lora_forge.model import resolve_device
 
@@ -158,7 +158,7 @@ def _checked(given: dict[str, Any]) -> RunConfig:
 
 def _prompts(file: Path, run: Any, given: dict[str, Any]) -> list[Prompt]:
     """The training prompt first, then paraphrases, control prompts and the empty prompt."""
-    from lora_forge.file_effect import Prompt
+    from lora_forge.effect.of_file import Prompt
 
     text, text_2 = given["prompt"], given["prompt_2"]
     if text is None:
@@ -186,7 +186,7 @@ def _drawn(given: dict[str, Any], *, but: set[str]) -> list[str]:
     """Control prompts drawn without replacement; the same for the same seed and list."""
     import random
 
-    from lora_forge.control_prompts import CONTROL_PROMPTS
+    from lora_forge.effect.control_prompts import CONTROL_PROMPTS
 
     path, number = given["controls_file"], given["drawn"]
     pool = [one for one in (_lines(path) if path else CONTROL_PROMPTS) if one not in but]

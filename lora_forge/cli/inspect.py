@@ -13,7 +13,7 @@ from lora_forge.cli.answer import json_alone
 from lora_forge.errors import LoraFileError, printable
 
 if TYPE_CHECKING:
-    from lora_forge.file_report import FileReport
+    from lora_forge.inspection.report import FileReport
 
 
 @click.command(name="inspect")
@@ -27,7 +27,7 @@ def command(
     files: tuple[Path, ...], headers: bool, layers: bool, as_json: bool, page: Path | None, overwrite: bool
 ) -> None:
     """Say what is in LoRA files, anybody's: .safetensors, or folders of PEFT's. Nothing of them is executed."""
-    from lora_forge.file_report import report_file
+    from lora_forge.inspection.report import report_file
 
     if page is not None:
         from lora_forge.output import check_apart, check_output

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from lora_forge.file_report import FileReport, Group, counted, own_record, several, shortened
 from lora_forge.files.names import RECORD_KEY
-from lora_forge.inspection import LayerReport
+from lora_forge.inspection.layers import LayerReport
+from lora_forge.inspection.report import FileReport, Group, counted, own_record, several, shortened
 
 _ROWS = 20  # of metadata, and of faults
 

@@ -12,7 +12,7 @@ from lora_forge.cli.convert import described, family_option
 from lora_forge.files.formats import FORMATS
 
 if TYPE_CHECKING:
-    from lora_forge.merging import RankError
+    from lora_forge.conversion.merge import RankError
 
 
 @click.command(name="merge")
@@ -36,7 +36,7 @@ def command(
     lora-forge merge style.safetensors:0.8 owl.safetensors:0.5 -o both.safetensors
     """
     from lora_forge.cli.display import print_warnings
-    from lora_forge.merging import Weighted, merge
+    from lora_forge.conversion.merge import Weighted, merge
 
     inputs = [Weighted(*_split(text)) for text in files]
     done = merge(inputs, output, format, rank=rank, family=family, overwrite=overwrite)

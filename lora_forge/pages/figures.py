@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_forge.errors import printable
-from lora_forge.places import OUTSIDE, Place, natural
+from lora_forge.inspection.places import OUTSIDE, Place, natural
 
 # Viridis without its darkest sixth, which would be lost on a dark page.
 COLOURS = ["#443a83", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725"]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_forge.file_report import FileReport, Group, counted, own_record, several, shortened
 from lora_forge.files.names import RECORD_KEY
-from lora_forge.inspection import LayerReport
+from lora_forge.inspection.layers import LayerReport
+from lora_forge.inspection.places import natural, place_of
+from lora_forge.inspection.report import FileReport, Group, counted, own_record, several, shortened
 from lora_forge.pages.figures import Cell, colour_range, heat_map, plain
 from lora_forge.pages.page import render
-from lora_forge.places import natural, place_of
 
 _MOST_ROWS = 5000  # of the table; what has more layers is no LoRA, and would be no page
 _MOST_PAIRS = 500  # of metadata

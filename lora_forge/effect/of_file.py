@@ -1,7 +1,7 @@
 """What a LoRA file does to what the denoiser is conditioned on: for prompts, layer by layer, and token by token.
 
-Everything is measured as `lora_forge.effect` does it: ‖with − without‖ / ‖without‖, unmasked, as the pipeline encodes.
-Only the text encoders that the file has layers of are run.
+Everything is measured as `lora_forge.effect.measure` does it: ‖with − without‖ / ‖without‖, unmasked, as the pipeline
+encodes. Only the text encoders that the file has layers of are run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from lora_forge.bank import Bank, BankSlot, Pair
 from lora_forge.batch import ModelView, texts_by_encoder
 from lora_forge.contracts import Backend, LayerKey, TargetLayer
-from lora_forge.effect import Shift, conditioning_shifts
+from lora_forge.effect.measure import Shift, conditioning_shifts
 from lora_forge.errors import LoraFileError
 from lora_forge.files.layer_tensors import LayerTensors
 

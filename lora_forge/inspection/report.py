@@ -13,8 +13,8 @@ from typing import Any
 from lora_forge.errors import printable, quoted
 from lora_forge.files.lora_file import LoraFile, open_lora
 from lora_forge.files.names import RECORD_KEY
-from lora_forge.inspection import LayerReport, report_layers
-from lora_forge.places import OUTSIDE, natural, place_of
+from lora_forge.inspection.layers import LayerReport, report_layers
+from lora_forge.inspection.places import OUTSIDE, natural, place_of
 
 _SEVERAL = 5
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_forge.contracts import LayerKey
-from lora_forge.conversion import Source, known_family, layout_of, network_metadata, read_source
+from lora_forge.conversion.convert import Source, known_family, layout_of, network_metadata, read_source
 from lora_forge.errors import LoraFileError
 from lora_forge.files.formats import FOLDERS, lay_out, write_format
 from lora_forge.files.layer_tensors import Layers, LayerTensors

@@ -1,0 +1,1 @@
+"""A LoRA file in another format, and several in one."""
