@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Clock:
-    """Seconds by phase: `open`, `load`, `prepare`, `steps`, `measure`, `save`."""
+    """Seconds by phase: `open`, `load`, `prepare`, `steps`, `measure`, `preview`, `save`."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 

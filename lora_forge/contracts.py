@@ -78,8 +78,10 @@ class OptimizerFactory(Protocol):
 class SaveRequest:
     """What a saver is given.
 
-    path: write this one file; whoever asked moves it into place when all went well.
-    weights: `dict[component, dict[layer, {"lora_A": (rank, in), "lora_B": (out, rank)}]]`, float32, CPU.
+    path: write this one file, or fill this empty folder if the spec says `folder`; whoever asked moves it into place
+        when all went well.
+    weights: `dict[component, dict[layer, {"lora_A": (rank, in), "lora_B": (out, rank)}]]`, on the CPU, in the dtype
+        that the file's numbers shall have: float32, float16 or bfloat16.
     rank, alpha: ΔW of a layer is `alpha / rank · B @ A`.
     family: the model family the backend names, such as `sdxl`.
     metadata: strings to store; `lora_forge` holds the run's own record as JSON.
@@ -98,9 +100,13 @@ class SaveRequest:
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What a saver may return: layers it added as zeros because the format demands them."""
+    """What a saver may return.
+
+    padded: layers it added as zeros because the format demands them. notes: what else to know of the file, in words.
+    """
 
     padded: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Saver(Protocol):
@@ -214,4 +220,13 @@ class Backend(ABC):
         self, latents: torch.Tensor, timesteps: torch.Tensor, outputs: Mapping[str, EncoderOutput]
     ) -> torch.Tensor:
         """Noise predicted for `latents` `(prompts, *latent_shape)` at `timesteps` `(prompts,)`, float32."""
+        raise NotImplementedError
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline of the whole model, to make images with; nothing else of the backend is in it.
+
+        It is on the CPU, in the request's dtype, and the caller's own. For a model in memory it is that pipeline
+        itself, once `release` has taken the bank layers out. Raises NotImplementedError for a family that makes no
+        images.
+        """
         raise NotImplementedError

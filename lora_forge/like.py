@@ -22,7 +22,7 @@ _SCALARS = (
     *("prompt", "prompt_2", "model", "base_model", "rank", "alpha", "iterations", "l2", "seed", "dtype", "inert"),
     *("strength", "target_shift"),
 )
-_KINDS = ("initializer", "optimizer", "saver")
+_KINDS = ("initializer", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def read_earlier(path: Path) -> Earlier:
 
     Raises LoraFileError when the file cannot be read, or holds no record of a run.
     """
-    metadata = read_metadata(path)
+    adapters = sorted(path.glob("*/adapter_model.safetensors")) if path.is_dir() else []  # each holds the record
+    metadata = read_metadata(adapters[0] if adapters else path)
     if RECORD_KEY not in metadata:
         raise LoraFileError(f"{path.name} holds no record of a run; was it made by lora-forge?")
     try:
@@ -57,6 +58,7 @@ def read_earlier(path: Path) -> Earlier:
         versions = dict(record["versions"])
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise LoraFileError(f"{path.name}: its record of the run is damaged ({type(error).__name__})") from error
+    layer["preview"] = "modelspec.thumbnail" in metadata
     layer |= {"date": metadata.get("modelspec.date"), "device": record.get("device", "auto")}
     return Earlier(path, run, versions, layer)
 
@@ -64,7 +66,8 @@ def read_earlier(path: Path) -> Earlier:
 def check_earlier(earlier: Earlier, config: RunConfig, registry: Registry) -> None:
     """Raises ConfigError naming all that this run would use of the earlier one and that is not here, or not whole."""
     recorded = {(kind, _name(one)): one for kind, one in _supplied(earlier.run)}
-    chosen = [("loss", choice) for choice in config.loss] + [(kind, getattr(config, kind)) for kind in _KINDS]
+    chosen = [(kind, choice) for kind in ("loss", "saver") for choice in getattr(config, kind)]
+    chosen += [(kind, getattr(config, kind)) for kind in _KINDS]
     same_model = config.model == earlier.run["model"]
     if same_model:
         chosen.append(("backend", Choice(_name(earlier.run["backend"]), config.backend_options)))
@@ -122,8 +125,9 @@ def _holds_path(hint: Any) -> bool:
 def differences(earlier: Earlier, run: Mapping[str, Any], config: RunConfig, versions: Mapping[str, str]) -> list[str]:
     """What differs between the earlier run and this one, one line each; empty if the file should come out the same."""
     besides = {key: earlier.layer[key] for key in ("date", "device")}
+    same = [one for one in run["saver"] if _name(one) == _name(earlier.run["saver"])]  # others write other files
     return [
-        *_differences("", earlier.run, run),
+        *_differences("", {"dtype_out": "float32", **earlier.run}, {**run, "saver": (same or run["saver"])[0]}),
         *_differences("", besides, {"date": config.date, "device": config.device}),
         *_differences("", earlier.versions, versions),
     ]
@@ -131,12 +135,13 @@ def differences(earlier: Earlier, run: Mapping[str, Any], config: RunConfig, ver
 
 def _layer(run: Mapping[str, Any]) -> dict[str, Any]:
     layer = {key: run[key] for key in _SCALARS if run[key] is not None}
+    layer["dtype_out"] = run.get("dtype_out", "float32")  # what files without it have
     if layer.get("base_model") == IN_MEMORY:
         del layer["base_model"]
     layer["loss"] = [
         {"name": _name(one), "weight": one["weight"], "options": dict(one["options"])} for one in run["loss"]
     ]
-    layer |= {kind: {"name": _name(run[kind]), "options": dict(run[kind]["options"])} for kind in _KINDS}
+    layer |= {kind: {"name": _name(run[kind]), "options": dict(run[kind]["options"])} for kind in (*_KINDS, "saver")}
     layer["backend_options"] = {key: value for key, value in run["backend"]["options"].items() if value is not None}
     for _, one in _supplied(run):
         one["version"], one["module"]  # what `check_earlier` reads: a record without them is damaged
@@ -145,7 +150,7 @@ def _layer(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _supplied(run: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from (("loss", one) for one in run["loss"])
-    yield from ((kind, run[kind]) for kind in (*_KINDS, "backend"))
+    yield from ((kind, run[kind]) for kind in (*_KINDS, "saver", "backend"))
 
 
 def _name(one: Mapping[str, Any]) -> str:

@@ -25,6 +25,10 @@ class LoadedModel:
 
     def check(self, plan: Plan) -> None:
         """Check that weight files not yet loaded are whole, and target layers against the architecture."""
+        if plan.config.preview:
+            if type(self.backend).pipeline is Backend.pipeline:
+                raise ModelError(f"backend {plan.backend.name!r} makes no images, so there is no preview")
+            self.backend.check_files(plan.backend_spec.components)
         self.backend.check_files(self._fresh(plan))
         self.layers = expand_targets(plan.model, self.backend.architecture(), rank=plan.rank)
 

@@ -1,25 +1,74 @@
-"""What is written appears whole or not at all: made beside its place, under another name, and moved there at once."""
+"""What is written appears whole or not at all: made beside its place, under another name, and moved there at once.
+
+What goes to a URL is made in a temporary folder and uploaded when it is whole.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+from urllib.request import url2pathname
 
 from lora_forge.errors import OutputError, UsageError
+from lora_forge.files.adapter_config import CONFIG, WEIGHTS, is_own
+from lora_forge.files.header import url_of
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+Place: TypeAlias = "Path | UPath"  # on this machine, or at a URL
+_URL = re.compile(r"(?:[a-z][a-z0-9_+.-]*::)*([a-z][a-z0-9_+.-]+)://", re.IGNORECASE)
 
 # What a folder holds that may be replaced: an adapter of PEFT's for each component, and nothing beside them.
-_ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+_ADAPTER = {CONFIG, WEIGHTS, "README.md"}
 
 
-def check_output(path: Path, *, overwrite: bool, folder: bool = False) -> None:
-    """Check that a file (or a folder of adapters) can be written at `path`, without leaving one. Raises OutputError."""
+def place_of(text: str) -> Place:
+    """A path, or a URL of any kind that fsspec knows. Raises OutputError for one that it does not."""
+    url = _URL.match(text)
+    if not url:
+        return Path(text)
+    if url.group(0).lower() == "file://":
+        return _path_of(text)
+    try:
+        from upath import UPath
+
+        place = UPath(text)
+        assert place.fs is not None  # imports what the protocol needs
+        return place
+    except ImportError as error:
+        raise OutputError(f"output {text!r} needs a package that is not installed here: {error}") from error
+    except Exception as error:  # of whatever package serves the protocol
+        raise OutputError(f"output {text!r} cannot be written: {_reason(error)}") from error
+
+
+def _path_of(url: str) -> Path:
+    """The path of a `file://` URL."""
+    host, slash, path = url[len("file://") :].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise OutputError(f"output {url!r} names a host; a file of this machine is file:///…, or just its path")
+    return Path(url2pathname(f"/{path}"))
+
+
+def check_output(path: Place, *, overwrite: bool, folder: bool = False) -> None:
+    """Check that a file (or a folder of adapters) can be written at `path`, without leaving one. Raises OutputError.
+
+    Of a URL, only whether something is there already.
+    """
     shown = f"output {str(path)!r}"
-    if "\0" in str(path):
-        raise OutputError(f"{shown} is no path")
+    if not isinstance(path, Path):
+        _check_url(path, overwrite=overwrite, folder=folder)
+        return
+    if "\0" in str(path) or not path.name:
+        raise OutputError(f"{shown} is no path of a file")
+    if url := url_of(path):
+        raise OutputError(f"output {url!r} is a URL; a path is needed here")
     if os.path.isdir(path) and not folder:
         raise OutputError(f"{shown} is a directory")
     if os.path.exists(path) and not overwrite:
@@ -49,12 +98,30 @@ def check_apart(inputs: Iterable[Path], output: Path) -> None:
             raise OutputError(f"output {str(output)!r} is, or is within, or holds the input {str(path)!r}")
 
 
+def _check_url(place: UPath, *, overwrite: bool, folder: bool) -> None:
+    shown = f"output {str(place)!r}"
+    try:
+        exists, is_folder = place.exists(), place.is_dir()
+    except Exception as error:  # of whatever package serves the protocol
+        raise OutputError(f"{shown} cannot be looked up: {_reason(error)}") from error
+    if exists and is_folder and not folder:
+        raise OutputError(f"{shown} is a directory")
+    if exists and not overwrite:
+        raise OutputError(f"{shown} exists; --overwrite replaces it")
+    if exists and folder:
+        raise OutputError(f"{shown} exists, and a folder at a URL is not replaced; give another name")
+
+
 @contextmanager
-def appearing(path: Path, *, overwrite: bool, folder: bool = False) -> Iterator[Path]:
-    """Where to write instead of `path`: an empty file, or folder, that is moved there if all goes well.
+def appearing(path: Place, *, overwrite: bool, folder: bool = False) -> Iterator[Path]:
+    """Where to write instead of `path`: an empty file, or folder, that is moved there, or uploaded, if all goes well.
 
     It gets the usual permissions. Raises OutputError when the disk refuses, or `path` has come to be meanwhile.
     """
+    if not isinstance(path, Path):
+        with _uploading(path, overwrite=overwrite, folder=folder) as made:
+            yield made
+        return
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +143,37 @@ def appearing(path: Path, *, overwrite: bool, folder: bool = False) -> Iterator[
             shutil.rmtree(temporary, ignore_errors=True)
         elif temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _uploading(place: UPath, *, overwrite: bool, folder: bool) -> Iterator[Path]:
+    try:
+        with tempfile.TemporaryDirectory(prefix="lora-forge-") as above:
+            made = Path(above) / f"made{place.suffix}"
+            made.mkdir() if folder else made.touch()
+            yield made
+            check_output(place, overwrite=overwrite, folder=folder)
+            _upload(made, place)
+    except OSError as error:
+        raise OutputError(f"output {str(place)!r} cannot be written: {error.strerror or error}") from error
+
+
+def _upload(made: Path, place: UPath) -> None:
+    """Put a file, or all files of a folder, where they belong, or none of what was not there before."""
+    files = [made] if made.is_file() else sorted(one for one in made.rglob("*") if one.is_file())
+    targets = [f"{place.path}/{one.relative_to(made).as_posix()}" if one != made else place.path for one in files]
+    new = not place.exists()
+    try:
+        place.fs.put([str(one) for one in files], targets)  # by lists, since names alone may hold a * or [
+    except Exception as error:  # of whatever package serves the protocol
+        if new:
+            with suppress(Exception):
+                place.fs.rm(place.path, recursive=True)
+        raise OutputError(f"output {str(place)!r} cannot be written: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _temporary(path: Path, *, folder: bool) -> Path:
@@ -105,10 +203,12 @@ def _move_folder(new: Path, path: Path) -> None:
 
 
 def _holds_adapters_alone(path: Path) -> bool:
+    """Whether a folder holds an adapter of ours for each component, and nothing else: other people's are theirs."""
     try:
-        return all({entry.name for entry in inner.iterdir()} <= _ADAPTER for inner in path.iterdir())
+        inner = {one: {entry.name for entry in one.iterdir()} for one in path.iterdir()}
     except OSError:  # a file among them, or what may not be looked into
         return False
+    return all(names <= _ADAPTER and is_own(one / CONFIG) for one, names in inner.items())
 
 
 def _umask() -> int:

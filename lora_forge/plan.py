@@ -9,18 +9,24 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_forge.config.model import ModelConfig, expand_targets, read_model_config
-from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, Choice, RunConfig
+from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, DEFAULT_SAVER, Choice, RunConfig
 from lora_forge.contracts import BackendRequest
 from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, PluginError, Problem, blaming
+from lora_forge.files.header import nothing_at
+from lora_forge.naming import OutputFiles, name_files
 from lora_forge.options import parse_options, plain
 from lora_forge.plugins import Registry, Supplied, build
 from lora_forge.recognition import recognized_backend
 from lora_forge.records import NEEDS, BackendSpec, LossSpec, OptimizerSpec, SaverSpec
 
+if TYPE_CHECKING:
+    from lora_forge.output import Place
+
 IN_MEMORY = "in memory"  # the base model of a run on a pipeline
+NO_PROMPT = 'is missing or empty; give one with --prompt "a steampunk owl", or as `prompt` in a run config'
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Request:
     prompt: str
     prompt_2: str | None
     seed: int
-    output: Path | None
+    output: Place | None
 
 
 def short_digest(value: Any) -> str:
@@ -80,7 +86,7 @@ class Plan:
     initializer: Chosen
     terms: tuple[ChosenTerm, ...]
     optimizer: Chosen
-    saver: Chosen
+    savers: tuple[Chosen, ...]
     base_model: str
     rank: int
     alpha: float
@@ -99,16 +105,16 @@ class Plan:
         return cast(OptimizerSpec, self.optimizer.supplied.spec)
 
     @property
-    def saver_spec(self) -> SaverSpec:
-        return cast(SaverSpec, self.saver.supplied.spec)
+    def saver_specs(self) -> tuple[SaverSpec, ...]:
+        return tuple(cast(SaverSpec, saver.supplied.spec) for saver in self.savers)
 
-    @property
-    def output(self) -> Path | None:
-        """The file to write, with the saver's suffix if it was named without one."""
-        path = self.config.output
-        if path is None or path.suffix or os.path.isdir(path):
-            return path
-        return path.with_suffix(self.saver_spec.suffix)
+    def files(self, output: Place) -> OutputFiles:
+        """What a run with this output writes. Raises OutputError for a name that will not do."""
+        config = self.config
+        sidecar = config.sidecar
+        if sidecar is None:
+            sidecar = any(saver.supplied.is_builtin and saver.name == DEFAULT_SAVER for saver in self.savers)
+        return name_files(output, self.saver_specs, sidecar=sidecar, report=config.report, preview=config.preview)
 
     def record(self) -> dict[str, Any]:
         """The resolved run as JSON-ready values, without a path of this machine in it."""
@@ -125,6 +131,7 @@ class Plan:
             "l2": self.l2,
             "seed": config.seed,
             "dtype": config.dtype,
+            "dtype_out": config.dtype_out,
             "inert": config.inert,
             "init_from": self.init_from,
             "strength": config.strength,
@@ -132,13 +139,14 @@ class Plan:
             "loss": [{"label": t.label, "weight": t.weight, **t.chosen.record()} for t in self.terms],
             "initializer": self.initializer.record(),
             "optimizer": self.optimizer.record(),
-            "saver": self.saver.record(),
+            "saver": [saver.record() for saver in self.savers],
             "backend": self.backend.record(),
         }
 
-    def record_of(self, request: Request) -> dict[str, Any]:
-        """The record of one request of a batch."""
-        return {**self.record(), "prompt": request.prompt, "prompt_2": request.prompt_2, "seed": request.seed}
+    def record_of(self, request: Request, saver: Chosen | None = None) -> dict[str, Any]:
+        """The record of one request of a batch; of the file that one of its savers writes, which names no other."""
+        own = {"prompt": request.prompt, "prompt_2": request.prompt_2, "seed": request.seed}
+        return {**self.record(), **own, **({"saver": saver.record()} if saver else {})}
 
 
 def make_plan(
@@ -163,15 +171,15 @@ def make_plan(
     backend = _backend(registry, config, model, IN_MEMORY if in_memory else base_model, problems)
     initializer = _choose(registry, "initializer", config.initializer, problems)
     optimizer = _choose(registry, "optimizer", _with_learning_rate(registry, config.optimizer, model), problems)
-    saver = _choose(registry, "saver", config.saver, problems)
+    savers = _savers(registry, config, problems)
     terms = _terms(registry, config, problems)
     if model and not base_model and not in_memory:
         problems.append(Problem("base_model", f"model config {model.name!r} names none; give one"))
     if config.init_from and not os.path.exists(config.init_from):
-        problems.append(Problem("init_from", f"{str(config.init_from)!r} does not exist"))
+        problems.append(Problem("init_from", nothing_at(config.init_from)))
     if backend and model and not whole:
         problems += _without_consequences(_against_architecture(model, backend, base_model, config), problems)
-    if problems or not (model and backend and initializer and optimizer and saver):
+    if problems or not (model and backend and initializer and optimizer and savers):
         raise ConfigError(source if mistakes else "", problems)
     load, encoders = _components(cast(BackendSpec, backend.supplied.spec), model, terms, config)
     return Plan(
@@ -181,7 +189,7 @@ def make_plan(
         initializer=initializer,
         terms=terms,
         optimizer=optimizer,
-        saver=saver,
+        savers=savers,
         base_model=IN_MEMORY if in_memory or not base_model else base_model,
         rank=config.rank or model.lora_rank,
         alpha=config.alpha or model.lora_alpha,
@@ -201,7 +209,7 @@ def portable(value: str) -> str:
 def _text_problems(config: RunConfig) -> list[Problem]:
     problems = []
     if not config.prompt.strip():
-        problems.append(Problem("prompt", "is empty" if not config.prompt else "is blank"))
+        problems.append(Problem("prompt", "is blank" if config.prompt else NO_PROMPT))
     for key, text in (("prompt", config.prompt), ("prompt_2", config.prompt_2 or "")):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             problems.append(Problem(key, f"is not valid Unicode: {text!r}"))
@@ -304,6 +312,13 @@ def _terms(registry: Registry, config: RunConfig, problems: list[Problem]) -> tu
         except PluginError as error:
             problems.append(Problem("loss", str(error)))
     return tuple(terms)
+
+
+def _savers(registry: Registry, config: RunConfig, problems: list[Problem]) -> tuple[Chosen, ...]:
+    chosen = [_choose(registry, "saver", choice, problems) for choice in config.saver]
+    names = [one.name for one in chosen if one]
+    problems += [Problem("saver", f"{name!r} is given twice") for name in dict.fromkeys(names) if names.count(name) > 1]
+    return tuple(one for one in chosen if one)
 
 
 def _needs(spec: LossSpec, chosen: Chosen) -> frozenset[str]:

@@ -333,13 +333,19 @@ def _raise(error: Exception) -> None:
 
 
 def _add_file(registry: Registry, path: Path) -> None:
+    if os.path.isdir(path):
+        inside = sorted(one.name for one in path.glob("*.py"))
+        which = f"{str(path / inside[0])!r}" if inside else "a .py file"
+        raise PluginError(f"plugin {str(path)!r} is a folder; give the file that has the hooks, such as {which}")
     if not os.path.isfile(path):
         raise PluginError(f"plugin file {str(path)!r} does not exist")
-    if _same_distribution(path.stem, BUILTIN):
-        raise PluginError(f"plugin file {str(path)!r}: {path.stem!r} is the name of what ships; give it another")
-    if any(plugin.id == f"{path.stem}:file" for plugin in registry.plugins):
-        raise PluginError(f"plugin file {str(path)!r}: another plugin file is named {path.stem!r} too")
-    module_name = f"lora_forge_file_{path.stem}"
+    package = path.absolute().parent.name if path.name == "__init__.py" else ""
+    name = package or path.stem
+    if _same_distribution(name, BUILTIN):
+        raise PluginError(f"plugin file {str(path)!r}: {name!r} is the name of what ships; give it another")
+    if any(plugin.id == f"{name}:file" for plugin in registry.plugins):
+        raise PluginError(f"plugin file {str(path)!r}: another plugin file is named {name!r} too")
+    module_name = f"lora_forge_file_{name}"
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     except OSError as error:
@@ -354,8 +360,8 @@ def _add_file(registry: Registry, path: Path) -> None:
         spec.loader.exec_module(module)
         return module
 
-    # The distribution of a file is its stem, the version its content: no path leaves this machine.
-    added = registry.add(Plugin(f"{path.stem}:file", path.stem, f"sha256:{digest}", path.name), load)
+    # The distribution of a file is its name, the version its content: no path leaves this machine.
+    added = registry.add(Plugin(f"{name}:file", name, f"sha256:{digest}", str(Path(package, path.name))), load)
     if added.error:
         raise PluginError(f"plugin file {str(path)!r}: {added.error}")
 

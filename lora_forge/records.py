@@ -90,12 +90,13 @@ class OptimizerSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class SaverSpec(Spec):
-    """Writes one prompt's LoRA weights to a file; see `lora_forge.contracts.Saver`.
+    """Writes one prompt's LoRA weights to a file or a folder; see `lora_forge.contracts.Saver`.
 
-    suffix: the ending of file names given without one.
-    reader: reads a file back, for `lora_forge.testing.check_saver`: called with its path, gives ΔW of each
-        layer, `{component: {layer: (out, in)}}`. A callable or `"package.module:attribute"`; not needed for
-        safetensors files with the layer names lora-forge itself writes.
+    suffix: what its files' names end in.
+    folder: it fills a folder, whose name has no suffix unless `suffix` says one.
+    reader: reads a file, or a folder, back, for `lora_forge.testing.check_saver`: called with its path, gives ΔW of
+        each layer, `{component: {layer: (out, in)}}`. A callable or `"package.module:attribute"`; not needed for
+        safetensors files with the layer names lora-forge itself writes, nor for PEFT's folders.
     needs_layout: it names layers by the family's `BackendSpec.layout`, so that it cannot write a family without
         one; a run that asks for that ends before its first step.
     """
@@ -103,6 +104,7 @@ class SaverSpec(Spec):
     kind: ClassVar[str] = "saver"
 
     suffix: str = ".safetensors"
+    folder: bool = False
     reader: str | Callable[[Path], Mapping[str, Mapping[str, Any]]] | None = None
     needs_layout: bool = False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_forge.events import RunInfo
@@ -12,6 +11,7 @@ from lora_forge.events import RunInfo
 if TYPE_CHECKING:
     from lora_forge.contracts import LoraWeights
     from lora_forge.effect.measure import Effect
+    from lora_forge.output import Place
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Values:
 class RunResult:
     """One prompt's LoRA and what is known about it.
 
-    path: the file written, None if none was asked for.
+    path: the file (or folder) written, None if none was asked for; of a URL, fsspec's `UPath`.
+    files: all files written, `path` first.
     weights: `dict[component, dict[layer, {"lora_A": (rank, in), "lora_B": (out, rank)}]]`, float32, CPU,
         all layers, whatever the file leaves out.
     steps: the objective before each update. loss_before, loss_after: before the first update, and of the
@@ -38,11 +39,14 @@ class RunResult:
     inert: layers the objective cannot reach, as `component.layer`; dropped: those of them the file leaves
         out; padded: layers of zeros that the file format demands.
     metadata: what the run records in the file, beside what its saver adds.
+    rounding: ‖ΔW as saved − ΔW‖ / ‖ΔW‖, the largest of all layers; 0 in float32.
+    usage: the lines of Python that use the file; "" where no file of this machine was written.
     seconds: durations by phase (never in the file).
     """
 
     run: RunInfo
-    path: Path | None
+    path: Place | None
+    files: tuple[Place, ...]
     weights: LoraWeights = field(repr=False)
     rank: int
     alpha: float
@@ -54,6 +58,7 @@ class RunResult:
     dropped: tuple[str, ...] = field(repr=False)
     padded: tuple[str, ...] = field(repr=False)
     strength: float
+    rounding: float
     warnings: tuple[str, ...]
     metadata: Mapping[str, str] = field(repr=False)
     usage: str = field(repr=False)
@@ -71,6 +76,7 @@ class RunResult:
         """Everything but the tensors, ready for JSON."""
         return {
             "path": str(self.path) if self.path else None,
+            "files": [str(place) for place in self.files],
             "prompt": self.run.prompt,
             "model": self.run.model,
             "seed": self.run.seed,
@@ -79,6 +85,7 @@ class RunResult:
             "rank": self.rank,
             "alpha": self.alpha,
             "strength": self.strength,
+            "rounding": self.rounding,
             "before": self.before.as_dict(),
             "after": self.after.as_dict(),
             "steps": [values.as_dict() for values in self.steps],

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from lora_forge.bank import Bank
 from lora_forge.batch import ModelView, texts_by_encoder
 from lora_forge.clock import Clock
+from lora_forge.contracts import LoraWeights
 from lora_forge.effect.measure import Effect, measure_effect
+from lora_forge.effect.tokens import TokenShift, token_shifts
 from lora_forge.errors import ObjectiveError, blaming
 from lora_forge.events import RunFailure, RunFinish, RunInfo, RunStart
 from lora_forge.initial import initial_weights
@@ -24,9 +28,12 @@ from lora_forge.plan import Plan, Request, short_digest
 from lora_forge.plugins import Registry
 from lora_forge.reach import Reach
 from lora_forge.result import RunResult, Values
-from lora_forge.saving import save_lora
+from lora_forge.saving import save_lora, write_report
 from lora_forge.steps import StepLog
 from lora_forge.strength import scale_to_strength, strength_warnings
+
+if TYPE_CHECKING:
+    from lora_forge.preview.of_run import RunPreview
 
 
 def forge(
@@ -43,16 +50,17 @@ def forge(
         RunInfo(id, batch_id, r.prompt, plan.model.name, plan.iterations, r.seed)
         for id, r in zip(ids, requests, strict=True)
     ]
-    with model.use(plan, clock):
-        try:
+    try:
+        with model.use(plan, clock):
             started = [RunStart(run, plan.record_of(r)) for run, r in zip(runs, requests, strict=True)]
             notes = [registry.notify("lora_forge_run_started", event) for event in started]
-            results = _forge(plan, requests, runs, model, registry, clock, notes)
-        except BaseException as error:
-            for run in runs:
-                for note in registry.notify("lora_forge_run_failed", RunFailure(run, error)):
-                    error.add_note(note)
-            raise
+            trained = _train(plan, requests, runs, model, registry, clock, notes)
+        results = _results(plan, requests, runs, trained, model, clock, notes)
+    except BaseException as error:
+        for run in runs:
+            for note in registry.notify("lora_forge_run_failed", RunFailure(run, error)):
+                error.add_note(note)
+        raise
     return [_announced(registry, run, result) for run, result in zip(runs, results, strict=True)]
 
 
@@ -72,9 +80,10 @@ class _Trained:
     after: list[Values]
     effects: list[Effect]
     factors: list[float]
+    tokens: list[list[TokenShift]]
 
 
-def _forge(
+def _train(
     plan: Plan,
     requests: Sequence[Request],
     runs: Sequence[RunInfo],
@@ -82,7 +91,7 @@ def _forge(
     registry: Registry,
     clock: Clock,
     notes: Sequence[list[str]],
-) -> list[RunResult]:
+) -> _Trained:
     with clock.phase("prepare"):
         bank = Bank(model.layers, rank=plan.rank, alpha=plan.alpha, prompts=len(requests), device=model.device)
         bank.fill(initial_weights(plan, model, requests))
@@ -94,7 +103,8 @@ def _forge(
         with blaming(f"optimizer {plan.optimizer.name!r}"):
             elementwise = plan.optimizer_spec.elementwise
             optimizers = start_optimizers(make, bank, elementwise=elementwise, iterations=plan.iterations)
-        plan.saver.build()  # a saver that cannot be built is better known now than after the last step
+        for saver in plan.savers:
+            saver.build()  # one that cannot be built is better known now than after the last step
         log = StepLog(runs, registry, notes)
     model.slot.bank = bank
 
@@ -121,9 +131,32 @@ def _forge(
         factors = scale_to_strength(plan, bank, view)
         after = _evaluate(plan, objective, bank, view, log)
         effects = measure_effect(bank, view, reach.reached, plan.load)
-        trained = _Trained(bank, log, reach, after, effects, factors)
+        tokens = token_shifts(view) if plan.config.report else [[] for _ in requests]
+        return _Trained(bank, log, reach, after, effects, factors, tokens)
+
+
+def _results(
+    plan: Plan,
+    requests: Sequence[Request],
+    runs: Sequence[RunInfo],
+    trained: _Trained,
+    model: LoadedModel,
+    clock: Clock,
+    notes: Sequence[list[str]],
+) -> list[RunResult]:
+    made = [trained.bank.weights(index) for index in range(len(requests))]
+    previews: Sequence[RunPreview | None] = [None] * len(requests)
+    if plan.config.preview:
+        from lora_forge.preview.of_run import preview_run
+
+        with clock.phase("preview"):
+            previews = preview_run(plan, requests, made, model, notes)
     with clock.phase("save"):
-        return [_result(plan, requests[i], runs[i], i, trained, model, clock, notes[i]) for i in range(len(requests))]
+        results = []
+        for i, request in enumerate(requests):
+            result = _result(plan, request, runs[i], i, made[i], trained, model, previews[i], clock, notes[i])
+            results.append(write_report(plan, request, result, trained.tokens[i], previews[i]))
+        return results
 
 
 def _gradient(objective: Objective, bank: Bank, view: ModelView) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -167,29 +200,31 @@ def _result(
     request: Request,
     run: RunInfo,
     index: int,
+    weights: LoraWeights,
     trained: _Trained,
     model: LoadedModel,
+    preview: RunPreview | None,
     clock: Clock,
     notes: Sequence[str],
 ) -> RunResult:
-    weights = trained.bank.weights(index)
     effect, reach, factor = trained.effects[index], trained.reach, trained.factors[index]
-    dropped = reach.dropped(plan, index)
-    file = save_lora(
+    saved = save_lora(
         plan,
         request,
         weights,
         effect,
-        dropped,
+        reach.dropped(plan, index),
         strength=factor,
         family=model.backend.family,
         device=model.device,
+        preview=preview,
     )
     steps = tuple(trained.log.values[index])
     after = trained.after[index]
     return RunResult(
         run=run,
-        path=request.output,
+        path=saved.files[0] if saved.files else None,
+        files=saved.files,
         weights=weights,
         rank=plan.rank,
         alpha=plan.alpha,
@@ -198,11 +233,20 @@ def _result(
         after=after,
         effect=effect,
         inert=tuple(f"{component}.{layer}" for component, layer in reach.inert),
-        dropped=file.dropped,
-        padded=file.padded,
+        dropped=saved.dropped,
+        padded=saved.padded,
         strength=factor,
-        warnings=(*notes, *reach.warnings(plan, index), *strength_warnings(plan, factor), *file.warnings),
-        metadata=file.metadata,
-        usage=model.backend.usage(str(request.output or "lora.safetensors"), request.prompt),
+        rounding=saved.rounding,
+        warnings=(*notes, *reach.warnings(plan, index), *strength_warnings(plan, factor), *saved.warnings),
+        metadata=saved.metadata,
+        usage=_usage(plan, request, model),
         seconds=clock.seconds,
     )
+
+
+def _usage(plan: Plan, request: Request, model: LoadedModel) -> str:
+    """The lines of Python that use the first file of this machine, if there is one: not of folders, nor of URLs."""
+    if request.output is None:
+        return model.backend.usage("lora.safetensors", request.prompt)
+    places = [place for place, folder in plan.files(request.output).saved if not folder and isinstance(place, Path)]
+    return model.backend.usage(str(places[0]), request.prompt) if places else ""

@@ -41,7 +41,9 @@ class Session:
     def run_plan(self, plan: Plan) -> RunResult:
         """Carry out a plan made with this session's model and plugins."""
         # Checked before torch is imported, let alone a weight read.
-        output = _checked_output(plan)
+        from lora_forge.saving import check_saving
+
+        output = check_saving(plan)
 
         from lora_forge.clock import Clock
         from lora_forge.runner import forge
@@ -55,7 +57,9 @@ class Session:
 
     def check_plan(self, plan: Plan) -> LoadedModel:
         """Check a plan against its output path and model without reading weights; the model, opened."""
-        _checked_output(plan)
+        from lora_forge.saving import check_saving
+
+        check_saving(plan)
         return self._open(plan)
 
     def _open(self, plan: Plan) -> LoadedModel:
@@ -105,14 +109,3 @@ def run(prompt: str, model: str = "sdxl_base", *, pipeline: Any = None, **settin
     of_the_model = {key: settings.pop(key) for key in _OF_THE_MODEL if key in settings}
     with load(model, pipeline=pipeline, **of_the_model) as session:
         return session.run(prompt, **settings)
-
-
-def _checked_output(plan: Plan) -> Path | None:
-    if plan.output is None:
-        return None
-    from lora_forge.output import check_output
-    from lora_forge.saving import check_saver
-
-    check_saver(plan)
-    check_output(plan.output, overwrite=plan.config.overwrite)
-    return plan.output

@@ -27,6 +27,30 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES: dict[str, Family] = {"tiny_sdxl": SDXL, "tiny_sd15": SD15}
 CHECKOUT = Path(__file__).parent.parent
+APART = ("test_docs.py", "test_docs_site.py")  # files of long tests that share little
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, a file's tests stay together, so that what they share is made once; those of a few files do not."""
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if Path(file).name in APART else file
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `exhaustive` run only where they are asked for by that word, or by their name."""
+    asked = "exhaustive" in config.option.markexpr or any("::" in argument for argument in config.args)
+    left_out = [] if asked else [item for item in items if item.get_closest_marker("exhaustive")]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -130,6 +130,10 @@ class Reader:
         if line == "pytest -n 2":  # this is it
             return
         words = shlex.split(line)
+        if words[0] == "export":  # for the rest of the page; the folder that Python is to look in is this one
+            assert words[1:] == ["PYTHONPATH=."], line
+            sys.path.insert(0, str(Path.cwd()))
+            return
         if _ASSIGNMENT.match(words[0]):
             self._with(words[0], shlex.join(words[1:]))
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,8 +23,9 @@ class Shell:
         self.environment, self.folder = environment, folder
         self._bin = environment.python.parent
         for program, module in _PROGRAMS.items():
+            python = [str(environment.python)] if program == "pip" else environment.warm
             script = self._bin / program
-            script.write_text(f'#!/bin/sh\nexec "{environment.python}" -m {module} "$@"\n', encoding="utf-8")
+            script.write_text(f'#!/bin/sh\nexec {shlex.join(python)} -m {module} "$@"\n', encoding="utf-8")
             script.chmod(0o755)
 
     def follow(self, blocks: Iterable[Block]) -> None:
@@ -38,7 +40,7 @@ class Shell:
             elif block.language == "bash":
                 self.run(block.text, str(block))
             elif block.language == "python":
-                self.run(f"python - <<'END'\n{block.text}END\n", str(block))
+                self.run(f"{shlex.join(self.environment.warm)} - <<'END'\n{block.text}END\n", str(block))
 
     def run(self, script: str, where: str = "") -> str:
         """Run the lines of a script and stay in the folder it ends in; returns what it printed."""

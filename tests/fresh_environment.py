@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from warm import warm_python
+
 CHECKOUT = Path(__file__).parent.parent
 # What the surrounding shell may say that would reach into the environment.
 _NOT_INHERITED = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LORA_FORGE_PLUGINS", "LORA_FORGE_TRACE"}
@@ -62,17 +64,22 @@ class FreshEnvironment:
         done = subprocess.run(command, capture_output=True, text=True, env=_environment({}), timeout=300)
         assert done.returncode == 0, done.stderr
 
+    @property
+    def warm(self) -> list[str]:
+        """What starts its python in a moment: with the heavy libraries imported already (tests/warm.py)."""
+        return warm_python(self.python, self.site)
+
     def run(
-        self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+        self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, warm: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """`lora-forge` with these arguments; `env` is added to the surrounding one."""
-        return self.execute("-m", "lora_forge", *arguments, env=env, cwd=cwd)
+        return self.execute("-m", "lora_forge", *arguments, env=env, cwd=cwd, warm=warm)
 
     def execute(
-        self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+        self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, warm: bool = False
     ) -> subprocess.CompletedProcess[str]:
         """Its python with these arguments, in `cwd` (the environment's folder)."""
-        command = [str(self.python), *map(str, arguments)]
+        command = [*(self.warm if warm else [str(self.python)]), *map(str, arguments)]
         return subprocess.run(
             command, capture_output=True, text=True, timeout=600, env=_environment(env or {}), cwd=cwd or self.folder
         )

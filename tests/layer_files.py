@@ -161,3 +161,12 @@ def assert_same_delta(one: Layers, other: Layers, *, units: float = 0, eps: floa
         difference = (layer.delta - other[key].delta).abs()
         # Between two powers of two a unit in the last place is eps / 2 to eps of the number; and float64 itself rounds.
         assert bool((difference <= (units * eps / 2 + 1e-15) * layer.magnitude).all()), key
+
+
+def named(output: Path, format: str) -> Path:
+    """What is written where `output` was asked for."""
+    return (
+        output
+        if format == "peft" or output.suffix == ".safetensors"
+        else output.with_name(f"{output.name}.safetensors")
+    )

@@ -144,7 +144,7 @@ def carry_out(environment: FreshEnvironment, commands: Iterable[str]) -> dict[st
     work = environment.folder / "work"
     work.mkdir()
     arguments = ("-c", _DRIVER, environment.site, json.dumps(list(commands)))
-    done = environment.execute(*arguments, env={"COLUMNS": "200", "NO_COLOR": "1"}, cwd=work)
+    done = environment.execute(*arguments, env={"COLUMNS": "200", "NO_COLOR": "1"}, cwd=work, warm=True)
     assert done.returncode == 0, done.stderr
     return {command: Outcome(**outcome) for command, outcome in json.loads(done.stdout).items()}
 

@@ -56,7 +56,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt", ""], "prompt: is empty"),
+        (["--prompt", ""], "prompt: is missing or empty; give one with --prompt"),
         (["--prompt", " \t\n"], "prompt: is blank"),
         (["--prompt", "\u3000"], "prompt: is blank"),
         (["--prompt", "bad \udcff byte"], "prompt: is not valid Unicode"),
@@ -115,6 +115,32 @@ def test_what_cannot_be_done_as_asked_is_one_line_that_says_why(
     refused: Refused, arguments: list[str], words: str
 ) -> None:
     assert words in refused(*TINY, *arguments)
+
+
+def test_a_run_without_a_prompt_says_that_it_is_missing_and_how_to_give_it(refused: Refused) -> None:
+    assert 'prompt: is missing or empty; give one with --prompt "a steampunk owl"' in refused("run")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "URL"),
+        ("convert", "URL", "owl.safetensors", "--to", "safetensors"),
+        ("convert", "URL", "owl", "--to", "peft"),
+        ("merge", "URL", "-o", "owl.safetensors"),
+        ("merge", "URL:0.5", "-o", "owl.safetensors"),
+        ("effect", "URL", "--prompt", "an owl"),
+        ("run", "--like", "URL"),
+        ("run", "--prompt", "an owl", "--model", "tiny_sdxl", "--init-from", "URL"),
+    ],
+    ids=" ".join,
+)
+def test_a_url_in_place_of_a_file_is_told_as_it_was_given_and_to_be_downloaded_first(
+    arguments: tuple[str, ...], refused: Refused
+) -> None:
+    url = "https://example.org/loras/owl.safetensors?download=true"
+    error = refused(*(word.replace("URL", url) for word in arguments))
+    assert f"{url!r} is a URL, which cannot be read; download it first, and give the file" in error
 
 
 def test_an_unknown_command_is_named_with_the_nearest_known_one(refused: Refused) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
 from rule_breakers import Breaker, backends, initializers, losses, optimizers, savers
+from rule_breakers.toy_backend import ToyBackend
 from torch import nn
 
 from lora_forge.plugins import discover
@@ -79,3 +81,32 @@ def test_plugins_as_people_write_them_keep_every_rule_that_concerns_them(spec: S
     examination = examine(spec)
     assert examination.findings == ()
     assert set(RULES[spec.kind]) - set(examination.checked) == unchecked
+
+
+class FailsToPredict(ToyBackend):
+    def predict_noise(self, *_: object) -> torch.Tensor:
+        raise RuntimeError("no such dtype")
+
+
+def test_a_rule_whose_check_an_error_cut_short_is_not_told_as_checked() -> None:
+    examination = examine(backends.spec(FailsToPredict))
+    (finding,) = examination.findings
+    assert finding.rule == "runs"
+    assert RULES["backend"]["noise"] in finding.message
+    assert "conditioning" in examination.checked
+    assert "noise" not in examination.checked
+
+
+def test_two_backends_that_recognize_one_tiny_model_are_told_so() -> None:
+    twin = replace(backends.GOOD, name="twin")
+    for one, other in ((backends.GOOD, twin), (twin, backends.GOOD)):
+        (finding,) = examine(one, beside=[other]).findings
+        assert finding.rule == "opens"
+        assert f"its tiny model 'toy' is recognized by backend {other.name!r} too" in finding.message
+    assert examine(twin, beside=[twin, replace(backends.GOOD, recognizes=None)]).findings == ()
+
+
+def test_a_backend_that_claims_the_tiny_model_of_one_that_ships_is_told_so(model: str) -> None:
+    spec = backends.spec(lambda request: ToyBackend(), recognizes=lambda source: source == model, tiny=model)
+    (finding,) = examine(spec).findings
+    assert f"its tiny model {model!r} is recognized by backend" in finding.message

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_files import Layer, Layers, save_diffusers, save_peft, save_universal
+from layer_files import Layer, Layers, named, save_diffusers, save_peft, save_universal
 from tiny_models import layout_of
 
 from lora_forge.cli.main import main
@@ -47,8 +47,9 @@ def _seeds(folder: Path) -> list[Path]:
         save_diffusers(folder / "diffusers", layers, {**metadata, "lora_adapter_metadata": '{"unet.lora_alpha": 3}'}),
         save_peft(folder / "peft", layers, {"lora_alpha": 3, "alpha_pattern": {"conv_in": 1}, "r": 2}, metadata),
     ]
-    assert main(["convert", str(files[2]), str(folder / "recorded"), "--to", "diffusers"]) == 0
-    return [*files, folder / "recorded"]
+    recorded = folder / "recorded.safetensors"
+    assert main(["convert", str(files[2]), str(recorded), "--to", "diffusers"]) == 0
+    return [*files, recorded]
 
 
 def _mutated(content: bytes, dice: random.Random) -> bytes:
@@ -93,7 +94,8 @@ def _fuzz(folder: Path, count: int, seed: int, capsys: pytest.CaptureFixture[str
         changed.write_bytes(_mutated(changed.read_bytes(), dice))
         options = ["--drop-unknown"] if dice.random() < 0.5 else []
         started = time.process_time()
-        code = main(["convert", str(here), str(output), "--to", dice.choice(FORMATS), *options])
+        format = dice.choice(FORMATS)
+        code = main(["convert", str(here), str(output), "--to", format, *options])
         slowest = max(slowest, time.process_time() - started)
         printed = capsys.readouterr()
         assert code in (0, 2), (number, printed.err)
@@ -102,7 +104,7 @@ def _fuzz(folder: Path, count: int, seed: int, capsys: pytest.CaptureFixture[str
             assert printed.err.startswith("lora-forge: error: "), number
             assert printed.err.count("\n") == 1, (number, printed.err)
             assert sorted(one.name for one in folder.iterdir()) == ["in", "seeds"], number
-        for path in (here, output):
+        for path in (here, named(output, format)):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -120,7 +122,7 @@ def test_a_few_hundred_mutated_files_are_converted_or_refused(
     assert min(outcomes.values()) > 20
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_twenty_thousand_mutated_files_are_converted_or_refused_and_memory_does_not_grow(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers_reader import load_whole, open_pipeline
-from layer_files import Layer, Layers, assert_same_delta, contents, random_layers, read_layers, save_universal
+from layer_files import Layer, Layers, assert_same_delta, contents, named, random_layers, read_layers, save_universal
 from tiny_models import layout_of
 
 from lora_forge.cli.main import main
@@ -20,7 +20,7 @@ from lora_forge.files.formats import FORMATS
 
 def converted(source: Path, output: Path, format: str, *options: str) -> Path:
     assert main(["convert", str(source), str(output), "--to", format, *options]) == 0
-    return output
+    return named(output, format)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_every_layer_of_a_unet_convolutions_too_is_converted_and_its_readers_loa
     layers = with_convolutions
     assert {len(one.down.shape) for one in layers.values()} == {2, 4}
     source = save_universal(tmp_path / "a", family.name, layers, layout_of(family.name).metadata)
-    output = converted(source, tmp_path / "b.safetensors", format)
+    output = converted(source, tmp_path / "b", format)
     found = read_layers(output, family.name, layers)
     assert all(found[key].down.shape == one.down.shape for key, one in layers.items())
     assert_same_delta(found, layers)

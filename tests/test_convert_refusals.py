@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from layer_files import (
     assert_same_delta,
     contents,
+    named,
     random_layers,
     read_layers,
     save_diffusers,
@@ -20,14 +22,12 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny_models import layout_of
 
-from lora_forge.builtin.backends import lora_forge_backends
-from lora_forge.cli.convert import FAMILIES
 from lora_forge.cli.main import main
 
 
 def converted(source: Path, output: Path, format: str, *options: str) -> Path:
     assert main(["convert", str(source), str(output), "--to", format, *options]) == 0
-    return output
+    return named(output, format)
 
 
 UNMAPPED: dict[str, dict[str, torch.Tensor]] = {
@@ -143,7 +143,7 @@ def test_layers_that_are_only_numbered_are_refused(tmp_path: Path, capsys: pytes
     source = tmp_path / "a.safetensors"
     save_file({"unet:0:down": torch.ones(4, 8), "unet:0:up": torch.ones(8, 4), "<s1>": torch.ones(4)}, source)
     error = refused(capsys, "convert", source, tmp_path / "b", "--to", "peft", "--drop-unknown")
-    assert "only numbered, as 'unet:0:down' is" in error
+    assert "only numbered, as 'unet:0' is" in error
 
 
 def test_a_file_of_an_unknown_family_needs_to_be_told_its_family(
@@ -156,7 +156,8 @@ def test_a_file_of_an_unknown_family_needs_to_be_told_its_family(
     assert_same_delta(read_layers(output, "sdxl", layers), layers)
     error = refused(capsys, "convert", output, tmp_path / "c", "--to", "peft", "--family", "sd15")
     assert "is a LoRA of sdxl, not of sd15" in error
-    assert sorted(FAMILIES) == sorted(spec.name for spec in lora_forge_backends() if spec.layout)
+    error = refused(capsys, "convert", source, tmp_path / "d", "--to", "peft", "--family", "sd51")
+    assert "unknown backend 'sd51'; did you mean 'sd15'?" in error
 
 
 @pytest.mark.parametrize("format", ["diffusers", "peft"])
@@ -171,10 +172,10 @@ def test_an_output_that_exists_is_replaced_only_when_asked_and_the_input_never(
     assert contents(output) == before
     for same in (source, tmp_path / "." / "a.safetensors", tmp_path):
         error = refused(capsys, "convert", source, same, "--to", format, "--overwrite")
-        assert "input" in error
+        assert "input" in error or (format == "peft" and "writes a folder, not .safetensors" in error)
     refused(capsys, "convert", output, output, "--to", format, "--overwrite")
     assert contents(source) == inner
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.safetensors", "b"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.safetensors", output.name]
 
 
 def test_a_folder_that_holds_anything_but_adapters_is_never_replaced(
@@ -185,7 +186,8 @@ def test_a_folder_that_holds_anything_but_adapters_is_never_replaced(
     (output / "unet" / "thesis.txt").write_text("years of work")
     error = refused(capsys, "convert", source, output, "--to", "peft", "--overwrite")
     assert "holds adapters alone" in error
-    assert "is not a folder" in refused(capsys, "convert", output, source, "--to", "peft", "--overwrite")
+    (tmp_path / "file").write_text("no folder")
+    assert "is not a folder" in refused(capsys, "convert", source, tmp_path / "file", "--to", "peft", "--overwrite")
     assert "is a directory" in refused(capsys, "convert", source, output, "--to", "diffusers", "--overwrite")
     assert (output / "unet" / "thesis.txt").read_text() == "years of work"
 
@@ -208,7 +210,7 @@ def test_a_disk_that_refuses_leaves_nothing_and_the_old_output_as_it_was(
     error = refused(capsys, "convert", source, output, "--to", format, "--overwrite")
     assert "No space left on device" in error
     assert contents(output) == before
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.safetensors", "b"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.safetensors", output.name]
 
 
 BROKEN_RECORDS = [
@@ -247,3 +249,36 @@ def test_a_record_that_no_longer_fits_its_file_changes_nothing(tmp_path: Path) -
     source = save_diffusers(tmp_path / "a.safetensors", layers, metadata)
     output = converted(source, tmp_path / "b.safetensors", "safetensors")
     assert_same_delta(read_layers(output, "sd15", layers), layers)
+
+
+def test_a_file_gets_the_suffix_that_its_readers_want_and_a_folder_of_such_a_name_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_universal(tmp_path / "a.safetensors", "sd15", random_layers("tiny_sd15", alpha=4.0))
+    for name, written in (("plain", "plain.safetensors"), ("v1.5", "v1.5.safetensors"), ("b.safetensors", None)):
+        assert main(["convert", str(source), str(tmp_path / name), "--to", "diffusers"]) == 0
+        path = tmp_path / (written or name)
+        assert capsys.readouterr().out.startswith(f"{path}: kohya → diffusers, ")
+        assert path.is_file()
+    before = sorted(tmp_path.iterdir())
+    error = refused(capsys, "convert", source, tmp_path / "c.safetensors", "--to", "peft")
+    assert "--to peft writes a folder, not .safetensors; give the name without .safetensors" in error
+    assert "not .ckpt" in refused(capsys, "convert", source, tmp_path / "c.ckpt", "--to", "safetensors")
+    assert "not .bin" in refused(capsys, "merge", source, "-o", tmp_path / "c.bin", "--to", "peft")
+    assert "'s3://loras/c' is a URL" in refused(capsys, "convert", source, "s3://loras/c", "--to", "diffusers")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_kohya_is_what_inspect_and_convert_call_it_and_convert_says_what_to_ask_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_diffusers(tmp_path / "a.safetensors", random_layers("tiny_sd15", alpha=4.0))
+    output = tmp_path / "b.safetensors"
+    assert "give --to safetensors" in refused(capsys, "convert", source, output, "--to", "kohya")
+    assert "'kohya_ss' is not one of" in refused(capsys, "convert", source, output, "--to", "kohya_ss")
+    assert main(["convert", str(source), str(output), "--to", "safetensors", "--family", "sd15"]) == 0
+    assert f"{output}: diffusers → kohya, " in capsys.readouterr().out
+    assert main(["merge", str(output), "-o", str(tmp_path / "c")]) == 0
+    assert f"{tmp_path / 'c.safetensors'}: kohya, " in capsys.readouterr().out
+    assert main(["inspect", "--headers", str(output)]) == 0
+    assert re.search(r"format +│ kohya ", capsys.readouterr().out)

@@ -37,7 +37,7 @@ def environment(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.slow
 def test_none_is_broken_and_none_is_slow_with_all_of_them_installed(environment: FreshEnvironment) -> None:
-    listed = environment.run("plugins", "list", "--strict-plugins", env={"COLUMNS": "200"})
+    listed = environment.run("plugins", "list", "--strict-plugins", env={"COLUMNS": "200"}, warm=False)
     assert listed.returncode == 0, listed.stderr
     assert [folder.name for folder in FOLDERS if folder.name not in listed.stdout] == []
     assert "slow" not in listed.stdout
@@ -49,7 +49,7 @@ def test_none_is_broken_and_none_is_slow_with_all_of_them_installed(environment:
 def test_its_own_tests_pass_where_it_was_installed(folder: Path, environment: FreshEnvironment, tmp_path: Path) -> None:
     # The tests alone, beside nothing: what they import is what was installed.
     shutil.copytree(folder / "tests", tmp_path / "tests")
-    done = environment.execute("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=tmp_path)
+    done = environment.execute("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=tmp_path, warm=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -29,12 +29,12 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def shown(capsys: Capture, *arguments: str | Path) -> str:
-    """What is printed, its lines without frames: cells with two spaces between them."""
+def shown(capsys: Capture, *arguments: str | Path, error: str = "") -> str:
+    """What is printed, its lines without frames: cells with two spaces between them. error: what it ends with."""
     capsys.readouterr()
-    assert main(["inspect", *map(str, arguments)]) == 0
+    assert main(["inspect", *map(str, arguments)]) == (2 if error else 0)
     printed = capsys.readouterr()
-    assert printed.err == ""
+    assert printed.err == (f"lora-forge: error: {error}\n" if error else "")
     lines = (re.sub(r"\s*[│┃]\s*", "  ", line).strip() for line in printed.out.splitlines())
     return "\n".join(lines)
 
@@ -283,12 +283,31 @@ def test_layers_known_by_number_alone_are_told(tmp_path: Path, capsys: Capture) 
     assert re.search(r"^unet  numbered layers  144  ", text, re.MULTILINE)
 
 
+def test_an_alpha_of_no_layer_beside_numbered_layers_breaks_nothing(tmp_path: Path, capsys: Capture) -> None:
+    tensors = {f"unet:0:{part}": numbers(1, 1) for part in ("up", "down")} | {"unet:0:up.alpha": numbers(1)}
+    (record,) = answered(capsys, saved(tmp_path / "a.safetensors", tensors), "--headers")
+    assert record["format"] == "cloneofsimo"
+
+
 def test_a_prefix_that_is_doubled_makes_no_layer_of_it(tmp_path: Path, capsys: Capture) -> None:
     start = "lora_unet_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k_lora"
     tensors = {f"{start}_down.weight": numbers(2, 3), f"{start}_up.weight": numbers(3, 2)}
-    text = shown(capsys, saved(tmp_path / "a.safetensors", tensors))
+    path = saved(tmp_path / "a.safetensors", tensors)
+    text = shown(capsys, path, error=f"{str(path)!r} is no LoRA: there is no LoRA layer among its 2 tensors")
     assert "format  none: there is no LoRA layer in it" in text
     assert f"unknown keys  2: {start}_down.weight" in text
+
+
+def test_a_checkpoint_is_told_to_be_no_lora_and_refused(tmp_path: Path, capsys: Capture) -> None:
+    names = ("model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.embeddings.weight")
+    path = saved(tmp_path / "model.safetensors", {name: numbers(4, 4) for name in names})
+    error = f"{str(path)!r} is no LoRA: there is no LoRA layer among its 2 tensors"
+    for options in ([], ["--headers"], ["--html", tmp_path / "page.html"]):
+        assert "unknown keys  2: " in shown(capsys, path, *options, error=error)
+    assert main(["inspect", "--json", str(path)]) == 2
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["format"], record["layers"]) == ("none", [])
+    assert not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize(

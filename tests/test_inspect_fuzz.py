@@ -182,7 +182,7 @@ def test_some_hundred_mutated_files_are_told_or_refused(tmp_path: Path) -> None:
     assert min(codes.values()) > 50
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", range(2, 6))
 def test_20_000_mutated_files_are_told_or_refused_without_growth(tmp_path: Path, seed: int) -> None:
     inspect_mutated(tmp_path, 500, seed=seed + 100)

@@ -5,44 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from chromium import needs_chromium, opened
 from lora_files import Q_PROJ, TO_K, numbers, pair, saved, small_sdxl
+from page_elements import EVIL, MEASURE, Elements, noted
 
 from lora_forge.cli.main import main
 from lora_forge.inspection.places import place_of
-from lora_forge.pages.figures import Cell, colour_range, heat_map
-
-EVIL = "<img src=x onerror=\"document.title='run'\"></script><script>document.title='run'</script>{{7*7}}"
-
-
-class Elements(HTMLParser):
-    """Every element of a page with its attributes, and its text without scripts."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._script = False
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        self._script = tag in ("script", "style")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._script = False
-
-    def handle_data(self, data: str) -> None:
-        if not self._script:
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.found if name == tag]
+from lora_forge.pages.heat_maps import Cell, colour_range, heat_map
 
 
 def page_of(folder: Path, *files: Path) -> Path:
@@ -134,17 +107,10 @@ def test_several_files_share_a_page_with_a_list_of_them(tmp_path: Path) -> None:
     assert {f"#{one.get('id')}" for one in elements.all("section")} == set(links)
 
 
-def test_a_page_without_a_layer_says_so(tmp_path: Path) -> None:
-    page = page_of(tmp_path, saved(tmp_path / "a.safetensors", {"odd": torch.ones(1)}))
-    assert "none: no LoRA layer in it" in Elements(page.read_text(encoding="utf-8")).text
-
-
-MEASURE = """
-addEventListener("load", () => {
-  document.documentElement.dataset.wide = document.documentElement.scrollWidth;
-  document.documentElement.dataset.back = getComputedStyle(document.body).backgroundColor;
-});
-"""
+def test_a_file_without_a_layer_has_no_page(tmp_path: Path) -> None:
+    file, page = saved(tmp_path / "a.safetensors", {"odd": torch.ones(1)}), tmp_path / "page.html"
+    assert main(["inspect", str(file), "--html", str(page)]) == 2
+    assert not page.exists()
 
 
 @needs_chromium
@@ -215,19 +181,17 @@ addEventListener("load", () => setTimeout(() => {
 def test_sorting_filtering_switching_and_hovering_work(page: Path) -> None:
     document, console = opened(page, script=DRIVE)
     assert console == []
-    (root,) = Elements(document).all("html")
-    start = "data-note-"
-    noted = {name.removeprefix(start): json.loads(value or "") for name, value in root.items() if start in name}
-    known = [float(text) for text in noted["falling"] if text != "–"]
+    notes = noted(document)
+    known = [float(text) for text in notes["falling"] if text != "–"]
     assert len(known) == 13
     assert known == sorted(known, reverse=True)
-    assert noted["falling"][-1] == noted["rising"][-1] == "–"
-    assert [float(text) for text in noted["rising"][:-1]] == known[::-1]
-    assert noted["sorted"] == "descending"
-    numbers_in_order = [int(re.findall(r"layers\.(\d+)", layer)[0]) for layer in noted["layers"][:11]]
+    assert notes["falling"][-1] == notes["rising"][-1] == "–"
+    assert [float(text) for text in notes["rising"][:-1]] == known[::-1]
+    assert notes["sorted"] == "descending"
+    numbers_in_order = [int(re.findall(r"layers\.(\d+)", layer)[0]) for layer in notes["layers"][:11]]
     assert numbers_in_order == list(range(11))
-    assert noted["filtered"] == ["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"]
-    assert noted["count"] == "1 of 14"
-    assert noted["pressed"] == ["false", "true"]
-    assert noted["switched"] is True
-    assert noted["hover"][0] == "text_model.encoder.layers.2.self_attn.q_proj"
+    assert notes["filtered"] == ["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"]
+    assert notes["count"] == "1 of 14"
+    assert notes["pressed"] == ["false", "true"]
+    assert notes["switched"] is True
+    assert notes["hover"][0] == "text_model.encoder.layers.2.self_attn.q_proj"

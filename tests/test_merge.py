@@ -16,6 +16,7 @@ from layer_files import (
     Layers,
     contents,
     metadata_of,
+    named,
     random_layers,
     read_layers,
     save_diffusers,
@@ -34,7 +35,7 @@ Deltas = dict[Key, torch.Tensor]
 
 def merged(output: Path, *arguments: str) -> Path:
     assert main(["merge", *arguments, "-o", str(output)]) == 0
-    return output
+    return named(output, "peft" if "peft" in arguments else "")
 
 
 def weighted_sum(*parts: tuple[float, Layers]) -> Deltas:
@@ -182,14 +183,13 @@ def test_layers_of_zeros_that_a_conversion_added_are_not_merged(
 ) -> None:
     layers = random_layers(model, alpha=4.0, chosen=lambda layer: layer.endswith("q_proj"))
     source = save_universal(tmp_path / "a", family.name, layers, layout_of(family.name).metadata)
-    assert main(["convert", str(source), str(tmp_path / "b"), "--to", "diffusers"]) == 0
+    assert main(["convert", str(source), str(tmp_path / "b.safetensors"), "--to", "diffusers"]) == 0
     capsys.readouterr()
-    assert contents(merged(tmp_path / "c", str(tmp_path / "b"))) == contents(merged(tmp_path / "d", str(source)))
+    between = str(tmp_path / "b.safetensors")
+    assert contents(merged(tmp_path / "c", between)) == contents(merged(tmp_path / "d", str(source)))
     assert "layers of zeros added" in capsys.readouterr().err
     everything = {(c, name.replace("q_proj", "k_proj")): one for (c, name), one in layers.items()} | layers
-    assert (
-        read_layers(merged(tmp_path / "e", str(tmp_path / "b"), "--to", "peft"), "", everything).keys() == layers.keys()
-    )
+    assert read_layers(merged(tmp_path / "e", between, "--to", "peft"), "", everything).keys() == layers.keys()
 
 
 def test_a_merge_says_what_it_was_made_of(
@@ -207,6 +207,29 @@ def test_a_merge_says_what_it_was_made_of(
     assert found["modelspec.trigger_phrase"] == "an owl, a „cat“"
     assert found.items() >= layout_of(family.name).metadata.items()
     assert (found["ss_network_module"], found["ss_network_dim"]) == ("networks.lora", "6")
+    assert found["modelspec.title"] == "0.8 · a + 1 · b"
+    assert found["modelspec.description"] == "merged from a.safetensors × 0.8, b.safetensors × 1"
+    assert json.loads(found["ss_tag_frequency"]) == {"a": {"an owl": 1}, "b": {"a „cat“": 1}}
+    assert not [text for text in found.values() if str(tmp_path) in text]
+
+
+def test_a_merge_has_the_prompts_of_runs_and_the_commonest_tags_of_others(
+    two: tuple[Path, Path, Layers, Layers], tmp_path: Path
+) -> None:
+    a, b, _, _ = two
+    many = {f"tag {number}": number for number in range(1, 300)}
+    tags = {"10_owls": many, "5_more": {"tag 7": 1000}}
+    run = json.dumps({"run": {"prompt": "a bear"}})
+    base = {"ss_sd_model_name": "somebody/model"}
+    for path, told in ((a, {"ss_tag_frequency": json.dumps(tags)}), (b, {"lora_forge": run, "ss_tag_frequency": "[["})):
+        save_file(load_file(path), path, {**metadata_of(path), **told, **base})
+    found = metadata_of(merged(tmp_path / "c", str(a), str(b)))
+    assert found["modelspec.trigger_phrase"] == "a bear"
+    assert found["ss_sd_model_name"] == "somebody/model"
+    joined = json.loads(found["ss_tag_frequency"])
+    assert joined["b"] == {"a bear": 1}
+    assert list(joined["a"].items())[:2] == [("tag 7", 1007), ("tag 299", 299)]
+    assert len(joined["a"]) == 100
 
 
 def test_a_path_may_have_colons_and_a_weight_has_to_be_a_number(
@@ -233,10 +256,12 @@ def test_a_weight_that_makes_no_sense_is_refused(
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sd15 = save_universal(tmp_path / "sd15", "sd15", random_layers("tiny_sd15", alpha=4.0))
-    sdxl = save_universal(tmp_path / "sdxl", "sdxl", random_layers("tiny_sdxl", alpha=4.0))
+    sdxl = save_universal(tmp_path / "sdxl.safetensors", "sdxl", random_layers("tiny_sdxl", alpha=4.0))
     layers = random_layers("tiny_sd15", alpha=4.0)
     wide = save_universal(
-        tmp_path / "wide", "sd15", {key: one._replace(down=torch.ones(4, 99)) for key, one in layers.items()}
+        tmp_path / "wide.safetensors",
+        "sd15",
+        {key: one._replace(down=torch.ones(4, 99)) for key, one in layers.items()},
     )
     before = sorted(tmp_path.iterdir())
     error = refused(capsys, "merge", sd15, sdxl, "-o", tmp_path / "out")

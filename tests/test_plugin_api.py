@@ -218,7 +218,7 @@ def test_a_run_uses_its_loss_initializer_optimizer_and_saver_and_it_hears_of_eve
     assert first["loss"] == pytest.approx(0.5 * first["terms"]["pull"] + first["terms"]["drift"], rel=1e-5)
     assert result.loss_after < result.loss_before
 
-    content = torch.load(result.path)
+    content = torch.load(Path("owl.pt"))
     assert (content["prompt"], content["rank"], content["family"]) == ("an owl", 4, "sdxl")
     record = json.loads(content["metadata"]["lora_forge"])["run"]
     assert record["loss"][0]["options"] == {**PULL, "scale": 3.0, "pair": [0.5, 1.0]}

@@ -18,7 +18,7 @@ BUILTINS = {
     "initializer": {"gaussian"},
     "loss": {"embedding_magnitude"},
     "optimizer": {"adamw"},
-    "saver": {"safetensors", "diffusers"},
+    "saver": {"safetensors", "diffusers", "peft"},
     "backend": {"sdxl", "sd15"},
 }
 
@@ -342,3 +342,26 @@ def test_a_plugin_file_and_a_distribution_that_differ_by_a_hyphen_are_told_apart
 def test_a_plugin_file_cannot_pass_for_what_ships(site: Site) -> None:
     with pytest.raises(PluginError, match="the name of what ships"):
         discover([write_plugin(site.folder / "lora_forge.py", LOSS.format(name="small"))])
+
+
+def test_a_plugin_file_of_a_package_is_named_after_the_packages_folder(site: Site) -> None:
+    for name in ("night", "day"):
+        (site.folder / name).mkdir()
+        (site.folder / name / "words.py").write_text(f"NAME = '{name}'\n")
+        source = LOSS.format(name="{NAME}").replace('"{NAME}"', "NAME")
+        write_plugin(site.folder / name / "__init__.py", f"from .words import NAME\n{source}")
+    registry = discover([site.folder / name / "__init__.py" for name in ("night", "day")])
+    found = registry.resolve("loss", "night:night").plugin
+    assert (found.id, found.distribution, found.module) == ("night:file", "night", "night/__init__.py")
+    assert registry.resolve("loss", "day").plugin.id == "day:file"
+
+
+def test_a_folder_in_place_of_a_plugin_file_is_told_to_be_one_and_which_file_to_give(site: Site) -> None:
+    folder = site.folder / "night"
+    folder.mkdir()
+    with pytest.raises(PluginError, match=r"night' is a folder; give the file that has the hooks, such as a \.py file"):
+        discover([folder])
+    for name in ("spec.py", "__init__.py"):
+        (folder / name).touch()
+    with pytest.raises(PluginError, match=r"is a folder; .* such as '.*night/__init__\.py'"):
+        discover([folder])

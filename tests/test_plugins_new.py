@@ -205,9 +205,8 @@ def test_what_is_installed_in_a_fresh_environment_is_there_and_nowhere_else(inst
 def test_each_new_package_passes_its_own_tests_where_it_is_installed(
     packages: dict[str, Path], installed: FreshEnvironment
 ) -> None:
-    # One process for all of them: what takes long is importing torch.
     command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = installed.execute(*command, *(folder / "tests" for folder in packages.values()))
+    done = installed.execute(*command, *(folder / "tests" for folder in packages.values()), warm=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     for kind in KINDS:

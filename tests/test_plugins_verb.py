@@ -19,6 +19,7 @@ BUILTINS = {
     ("optimizer", "adamw"),
     ("saver", "safetensors"),
     ("saver", "diffusers"),
+    ("saver", "peft"),
     ("backend", "sdxl"),
     ("backend", "sd15"),
 }

@@ -160,6 +160,7 @@ def test_a_dry_run_and_its_run_name_the_same_file_and_resolve_to_the_same(
     result = run_json(capsys, "--model", model, "-o", "out/owl")
     assert record["output"] == result["path"] == "out/owl.safetensors"
     written = json.loads(metadata("out/owl.safetensors")["lora_forge"])["run"]
+    assert [written.pop("saver")] == record["saver"]  # a file's record names the saver that wrote it, and no other
     assert written == {key: record[key] for key in written}
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers_reader import load_whole, open_pipeline
+from layer_files import Layer
 from safetensors import safe_open
+from test_convert_readers import load_peft
 from tiny_models import layout_of, target_layers
 
 import lora_forge
@@ -101,6 +103,21 @@ def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("alpha", [4.0, 10.0])
+def test_peft_loads_every_component_of_a_run_s_folder_with_the_delta_of_its_result(
+    pipe: Any, model: str, family: Family, tmp_path: Path, alpha: float
+) -> None:
+    result = lora_forge.run(PROMPT, model, iterations=3, alpha=alpha, saver="peft", output=tmp_path / "run")
+    layers = {
+        (component, name): Layer(pair["lora_A"], pair["lora_B"], alpha)
+        for component, own in result.weights.items()
+        for name, pair in own.items()
+    }
+    for component in family.components:
+        count = load_peft(getattr(pipe, component), tmp_path / "run" / component, layers)
+        assert count == len(result.weights[component])
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 3.0), (3, 10.0)])

@@ -264,6 +264,10 @@ def test_a_loss_that_needs_a_denoiser_is_refused_in_words(site: Site, config: st
     assert not Path("output").exists()
 
 
+def test_without_images_there_is_no_preview(site: Site, config: str, capsys: Capture) -> None:
+    assert "makes no images, so there is no preview" in refused(capsys, *command(config, "--preview"))
+
+
 def test_a_text_for_a_second_encoder_is_refused_in_words(site: Site, config: str, capsys: Capture) -> None:
     assert "no second text encoder is in use" in refused(capsys, *command(config, "--prompt-2", "a fox"))
 

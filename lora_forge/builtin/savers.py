@@ -1,4 +1,4 @@
-"""Built-in savers: the layout every consumer loads whole, and diffusers' own spelling."""
+"""Built-in savers: the layout every consumer loads whole, diffusers' own spelling, and PEFT's folders."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ from collections.abc import Iterator
 from lora_forge import SaverSpec, hookimpl
 from lora_forge.contracts import SaveReport, SaveRequest
 from lora_forge.errors import LoraForgeError
-from lora_forge.files.canonical import write_safetensors
-from lora_forge.files.formats import diffusers_tensors, universal_tensors, with_siblings
-from lora_forge.files.layer_tensors import Layers, LayerTensors
+from lora_forge.files.formats import lay_out, write_format
+from lora_forge.files.layer_tensors import LayerTensors
 from lora_forge.files.names import file_stem
 
 
 def universal(request: SaveRequest) -> SaveReport:
     """kohya's keys, and alpha for every layer. Raises LoraForgeError for a family that has no such layout."""
-    layout = request.layout
-    if layout is None:
+    if request.layout is None:
         family = repr(request.family)
         raise LoraForgeError(
             f"the universal layout has no names for the family {family}; choose another saver, such as 'diffusers'"
         )
-    layers, padded = with_siblings(_layers(request, request.alpha))
-    write_safetensors(request.path, universal_tensors(layers, layout), _metadata(request))
-    return SaveReport(padded)
+    return _save(request, "safetensors")
 
 
 def diffusers(request: SaveRequest) -> SaveReport:
     """PEFT's spelling under component names, alpha / rank folded into B: every reader takes alpha = rank then."""
-    layers, padded = with_siblings(_layers(request, request.rank, request.alpha / request.rank))
-    write_safetensors(request.path, diffusers_tensors(layers), _metadata(request))
-    return SaveReport(padded)
+    return _save(request, "diffusers")
 
 
-def _layers(request: SaveRequest, alpha: float, scale: float = 1.0) -> Layers:
-    """The request's layers under another alpha, their B times `scale`."""
-    return {
-        (component, layer): LayerTensors(pair["lora_A"], pair["lora_B"] * scale, alpha)
+def peft(request: SaveRequest) -> SaveReport:
+    """A folder for each component, with PEFT's adapter_config.json, which holds the true alpha."""
+    return _save(request, "peft")
+
+
+def _save(request: SaveRequest, format: str) -> SaveReport:
+    layers = {
+        (component, layer): LayerTensors(pair["lora_A"], pair["lora_B"], request.alpha)
         for component, layers in request.weights.items()
         for layer, pair in layers.items()
     }
+    laid = lay_out(layers, format)
+    write_format(request.path, format, laid.layers, request.layout, _metadata(request))
+    half = any(one.up.dtype.itemsize < 4 for one in layers.values())
+    return SaveReport(laid.padded, laid.notes if half else ())  # in float32 nobody would notice
 
 
 def _metadata(request: SaveRequest) -> dict[str, str]:
@@ -50,6 +52,7 @@ def _metadata(request: SaveRequest) -> dict[str, str]:
         # Named for the prompt, not the file: the same run gives the same bytes wherever it is written.
         "modelspec.title": request.prompt,
         "modelspec.trigger_phrase": request.prompt,
+        "modelspec.description": f"made from its prompt alone, without images: {request.prompt}",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(request.rank),
         "ss_network_alpha": f"{request.alpha:g}",
@@ -72,4 +75,11 @@ def lora_forge_savers() -> Iterator[SaverSpec]:
         name="diffusers",
         summary="diffusers' and PEFT's own spelling, alpha folded in",
         factory=diffusers,
+    )
+    yield SaverSpec(
+        name="peft",
+        summary="a folder per component, for PeftModel.from_pretrained",
+        factory=peft,
+        suffix="",
+        folder=True,
     )

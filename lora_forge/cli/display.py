@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -14,6 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
 from lora_forge.events import RunStart, StepFinish
+from lora_forge.files.names import RECORD_KEY
 from lora_forge.hookspecs import hookimpl
 from lora_forge.result import RunResult
 
@@ -89,7 +91,14 @@ def print_result(result: RunResult) -> None:
         console.print(f"{len(result.dropped)} inert layers left out of the file", highlight=False)
     if result.padded:
         console.print(f"{len(result.padded)} layers of zeros added, as the format demands", highlight=False)
-    console.print(f"\n[bold]{escape(str(result.path))}[/]", highlight=False, soft_wrap=True)
+    if result.rounding:
+        words = f"rounded to {json.loads(result.metadata[RECORD_KEY])['run']['dtype_out']}"
+        console.print(f"{words}: ΔW of a layer is off by up to {result.rounding:.2g} of its norm", highlight=False)
+    console.print()
+    for place in result.files:
+        console.print(f"[bold]{escape(str(place))}[/]", highlight=False, soft_wrap=True)
+    if not result.usage:
+        return
     console.print("\nuse it:", highlight=False)
     console.print(result.usage, markup=False, highlight=False, soft_wrap=True)
 

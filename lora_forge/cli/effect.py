@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_forge.cli.answer import json_alone
-from lora_forge.cli.pairs import read_pair
+from lora_forge.cli.on_model import check_text, checked_config, drawn, model_options, progress, training_prompt
 from lora_forge.cli.registry import open_registry
-from lora_forge.config.run import RunConfig, read_run_config
-from lora_forge.errors import UsageError
-from lora_forge.options import Text
+from lora_forge.errors import UsageError, printable
 
 if TYPE_CHECKING:
+    from lora_forge.config.run import RunConfig
     from lora_forge.effect.base_model import FileBase
     from lora_forge.effect.of_file import FileEffect, Prompt
     from lora_forge.files.lora_file import LoraFile
@@ -49,38 +47,38 @@ DRAWN = 16  # control prompts, unless --random says another number
 @click.option("--leave-one-out", is_flag=True, help="measure too what is left without each layer")
 @click.option("--skip-layers", is_flag=True, help="do not measure layer by layer, which takes longest")
 @click.option("--layers", "every_layer", is_flag=True, help="list every layer")
-@click.option(
-    "--model", default=None, help="model config of the base model  [default: as the file's record, or its family, says]"
-)
-@click.option("--base-model", default=None, help="where the weights come from: Hub id, folder or .safetensors")
-@click.option("--backend-opt", multiple=True, metavar="KEY=VALUE", help="an option of the model's backend; repeatable")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps")
-@click.option(
-    "--dtype",
-    default="float32",
-    show_default=True,
-    metavar="float32|float16|bfloat16",
-    help="of frozen weights and activations",
-)
-@click.option(
-    "--plugin", "plugins", multiple=True, type=Path, metavar="FILE.py", help="a plugin file to load too; repeatable"
-)
-@click.option("--strict-plugins", is_flag=True, help="any broken plugin is an error")
+@model_options
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object on stdout, all else on stderr")
-def command(file: Path, as_json: bool, every_layer: bool, **given: Any) -> None:
+@click.option(
+    "--html", "page", type=Path, default=None, metavar="PAGE", help="write a page with charts and a table too"
+)
+@click.option("--overwrite", is_flag=True, help="replace the page if it exists")
+def command(file: Path, as_json: bool, every_layer: bool, page: Path | None, overwrite: bool, **given: Any) -> None:
     """Say how far a LoRA file moves what the denoiser is conditioned on, and whether it moves more than its prompt.
 
     \b
     lora-forge effect owl.safetensors --control "a bowl of cherries"
     """
+    if page is not None:
+        from lora_forge.output import check_apart, check_output
+
+        check_apart([file], page)  # --overwrite replaces a page, never the LoRA it is about
+        check_output(page, overwrite=overwrite)
     with json_alone(as_json) as answer:
         report = _measure(file, **given)
+        if page is not None:
+            from lora_forge.pages.effect_page import effect_page
+            from lora_forge.pages.page import write_page
+
+            write_page(page, effect_page(report), overwrite=overwrite)
         if as_json:
             answer(report)
             return
     from lora_forge.cli.effect_tables import print_effect
 
     print_effect(report, every_layer=every_layer)
+    if page is not None:
+        click.echo(f"page: {printable(str(page))}")
 
 
 def _measure(file: Path, **given: Any) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def _effect(
     layers, others = read_encoder_layers(lora, maybe, base, backend.architecture())
     if not layers:
         return NOTHING_TO_MEASURE, others
-    with _progress() as each, blaming(f"backend {base.backend.name!r}"):
+    with progress("measuring") as each, blaming(f"backend {base.backend.name!r}"):
         effect = measure_file_effect(
             backend,
             layers,
@@ -147,45 +145,27 @@ def _checked(given: dict[str, Any]) -> RunConfig:
     """The options that a run has too, checked as a run's are."""
     if given["skip_layers"] and given["leave_one_out"]:
         raise UsageError("--leave-one-out measures layer by layer, and --skip-layers does not; give one of them")
-    values: dict[str, Any] = {key: Text(given[key]) for key in ("device", "dtype")}
-    if given["base_model"] is not None:
-        values["base_model"] = Text(given["base_model"])
-    options = dict(read_pair(text, "--backend-opt") for text in given["backend_opt"])
-    return read_run_config(
-        [{**values, "plugins": given["plugins"], "strict_plugins": given["strict_plugins"], "backend_options": options}]
-    )
+    return checked_config(given)
 
 
 def _prompts(file: Path, run: Any, given: dict[str, Any]) -> list[Prompt]:
     """The training prompt first, then paraphrases, control prompts and the empty prompt."""
     from lora_forge.effect.of_file import Prompt
 
-    text, text_2 = given["prompt"], given["prompt_2"]
-    if text is None:
-        text = run.get("prompt")
-        text_2 = run.get("prompt_2") if text_2 is None else text_2
-        if not isinstance(text, str) or not isinstance(text_2, str | None):
-            raise UsageError(f"{str(file)!r} holds no record of the prompt it was made for; give it with --prompt")
-    same = given["paraphrase"]
-    controls = [*given["control"], *_drawn(given, but={text, *same, *given["control"]})]
+    training, same = training_prompt(file, run, given["prompt"], given["prompt_2"]), given["paraphrase"]
+    controls = [*given["control"], *_drawn(given, but={training.text, *same, *given["control"]})]
     prompts = [
-        Prompt("training", text, text_2),
+        training,
         *(Prompt("paraphrase", one) for one in same),
         *(Prompt("control", one) for one in dict.fromkeys(controls)),
     ]
     for one in prompts:
-        for words in (one.text, one.text_2):
-            if words is not None and (not words.strip() or any("\ud800" <= letter <= "\udfff" for letter in words)):
-                raise UsageError(
-                    f"the {one.role} prompt {'is not valid Unicode' if words.strip() else 'is blank'}: {words!r}"
-                )
+        check_text(one.role, one.text, one.text_2)
     return [*prompts, Prompt("empty", "")]
 
 
 def _drawn(given: dict[str, Any], *, but: set[str]) -> list[str]:
     """Control prompts drawn without replacement; the same for the same seed and list."""
-    import random
-
     from lora_forge.effect.control_prompts import CONTROL_PROMPTS
 
     path, number = given["controls_file"], given["drawn"]
@@ -193,7 +173,7 @@ def _drawn(given: dict[str, Any], *, but: set[str]) -> list[str]:
     if number is not None and number > len(pool):
         source = repr(str(path)) if path else "the list that ships"
         raise UsageError(f"--random: {number} control prompts were asked for, {source} has {len(pool)}")
-    return random.Random(given["seed"]).sample(pool, min(DRAWN, len(pool)) if number is None else number)
+    return drawn(pool, DRAWN if number is None else number, given["seed"])
 
 
 def _lines(path: Path) -> list[str]:
@@ -220,19 +200,3 @@ def _notes(effect: FileEffect, left_out: dict[str, int], base: FileBase) -> Iter
         yield f"{', '.join(unused)}: no layers in the file, so it is not run, and what it makes is in no number here"
     if all(not shift.relative for one in effect.prompts for shift in one.shifts):
         yield "its text-encoder layers move nothing at all"
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal while encoders run, and nothing elsewhere."""
-    import sys
-
-    if not sys.stderr.isatty():
-        yield lambda total: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda total: bar.update(task, description="measuring", total=total, advance=1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_forge.cli.answer import json_alone
+from lora_forge.cli.registry import plugin_options, registry_when_needed
 from lora_forge.errors import LoraFileError, printable
 
 if TYPE_CHECKING:
@@ -23,8 +24,16 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="print one JSON list, an object per file")
 @click.option("--html", "page", type=Path, default=None, metavar="PAGE", help="write a page with heat maps and a table")
 @click.option("--overwrite", is_flag=True, help="replace the page if it exists")
+@plugin_options
 def command(
-    files: tuple[Path, ...], headers: bool, layers: bool, as_json: bool, page: Path | None, overwrite: bool
+    files: tuple[Path, ...],
+    headers: bool,
+    layers: bool,
+    as_json: bool,
+    page: Path | None,
+    overwrite: bool,
+    plugins: tuple[Path, ...],
+    strict_plugins: bool,
 ) -> None:
     """Say what is in LoRA files, anybody's: .safetensors, or folders of PEFT's. Nothing of them is executed."""
     from lora_forge.inspection.report import report_file
@@ -34,12 +43,13 @@ def command(
 
         check_apart(files, page)  # --overwrite replaces a page, never the LoRA it is about
         check_output(page, overwrite=overwrite)
+    registry = registry_when_needed(plugins, strict=strict_plugins)
     reports: list[FileReport] = []
     refusals: list[str] = []
     for file in files:
         try:
             with _progress(file) as each:
-                reports.append(report_file(file, measure=not headers, each=each))
+                reports.append(report_file(file, measure=not headers, each=each, registry=registry))
         except LoraFileError as error:
             refusals.append(str(error))
     if as_json and reports:
@@ -50,7 +60,7 @@ def command(
 
         for report in reports:
             print_report(report, every_layer=layers)
-    refusals += [_unfit(report) for report in reports if report.lora.faults]
+    refusals += [_unfit(report) for report in reports if report.lora.faults or not report.layers]
     if refusals:
         raise LoraFileError(refusals[0] if len(refusals) == 1 else "\n  ".join([f"{len(refusals)} files", *refusals]))
     if page is not None:
@@ -63,6 +73,9 @@ def command(
 
 
 def _unfit(report: FileReport) -> str:
+    if not report.layers:
+        tensors = sum(len(header.tensors) for header in report.lora.headers.values())
+        return f"{str(report.lora.path)!r} is no LoRA: there is no LoRA layer among its {tensors} tensors"
     first, *others = report.lora.faults
     more = f" ({len(others)} more like it)" if others else ""
     return f"{str(report.lora.path)!r} is no whole LoRA: {first}{more}"

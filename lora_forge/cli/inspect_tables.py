@@ -43,7 +43,7 @@ def _facts(report: FileReport) -> Table:
     lora = report.lora
     rows = [
         ("format", "none: there is no LoRA layer in it" if lora.format == "none" else lora.format),
-        ("base model", lora.family or "not known"),
+        ("base model", str(report.family)),
         ("size", size_text(lora.size)),
         ("numbers", ", ".join(f"{dtype} (×{count})" for dtype, count in report.dtypes.items()) or "none"),
     ]

@@ -20,6 +20,7 @@ _VERBS = {
     "convert": ("lora_forge.cli.convert", "Write a LoRA file in another format."),
     "merge": ("lora_forge.cli.merge", "Make one LoRA of several."),
     "effect": ("lora_forge.cli.effect", "Say, without an image, how far a LoRA file moves a prompt, and others."),
+    "preview": ("lora_forge.cli.preview", "Make images without and with a LoRA file, and say how far they differ."),
     "models": ("lora_forge.cli.models", "List, show and make model configs."),
     "plugins": ("lora_forge.cli.plugins", "List, show, check and make plugins."),
 }

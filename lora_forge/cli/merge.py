@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_forge.cli.convert import described, family_option
-from lora_forge.files.formats import FORMATS
+from lora_forge.cli.convert import Format, described, family_option
+from lora_forge.cli.registry import plugin_options, registry_when_needed
 
 if TYPE_CHECKING:
     from lora_forge.conversion.merge import RankError
@@ -24,11 +24,19 @@ if TYPE_CHECKING:
     default=None,
     help="the nearest LoRA of this rank  [default: as many as it takes]",
 )
-@click.option("--to", "format", type=click.Choice(FORMATS), default="safetensors", show_default=True, help="its format")
+@click.option("--to", "format", type=Format(), default="safetensors", show_default=True, help="its format")
 @family_option
 @click.option("--overwrite", is_flag=True, help="replace the output if it exists")
+@plugin_options
 def command(
-    files: tuple[str, ...], output: Path, rank: int | None, format: str, family: str | None, overwrite: bool
+    files: tuple[str, ...],
+    output: Path,
+    rank: int | None,
+    format: str,
+    family: str | None,
+    overwrite: bool,
+    plugins: tuple[Path, ...],
+    strict_plugins: bool,
 ) -> None:
     """Make one LoRA with the effect of several at once, each times its weight (1 if none is given).
 
@@ -36,12 +44,14 @@ def command(
     lora-forge merge style.safetensors:0.8 owl.safetensors:0.5 -o both.safetensors
     """
     from lora_forge.cli.display import print_warnings
+    from lora_forge.conversion.convert import spelling_of
     from lora_forge.conversion.merge import Weighted, merge
 
     inputs = [Weighted(*_split(text)) for text in files]
-    done = merge(inputs, output, format, rank=rank, family=family, overwrite=overwrite)
+    registry = registry_when_needed(plugins, strict=strict_plugins)
+    done = merge(inputs, output, format, rank=rank, family=family, overwrite=overwrite, registry=registry)
     print_warnings(done.notes)
-    click.echo(f"{output}: {format}, {described(done.layers)}")
+    click.echo(f"{done.output}: {spelling_of(format)}, {described(done.layers)}")
     for error in done.errors:
         click.echo(_in_words(error))
 

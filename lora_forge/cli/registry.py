@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,6 +25,22 @@ def open_registry(files: Sequence[Path] = (), *, strict: bool = False) -> Regist
         elif slow:
             click.echo(f"lora-forge: plugin {plugin.id} {slow}", err=True)
     return registry
+
+
+def plugin_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--plugin` and `--strict-plugins`, for a verb that may need a plugin."""
+    function = click.option("--strict-plugins", is_flag=True, help="any broken plugin is an error")(function)
+    return click.option(
+        "--plugin", "plugins", multiple=True, type=Path, metavar="FILE.py", help="a plugin file to load too; repeatable"
+    )(function)
+
+
+def registry_when_needed(files: Sequence[Path], *, strict: bool) -> Callable[[], Registry]:
+    """The plugins, opened at once where a user asks for one or for all to be whole, else when they are first needed."""
+    opened = functools.cache(lambda: open_registry(files, strict=strict))
+    if files or strict:
+        opened()
+    return opened
 
 
 def cost(plugin: Plugin) -> str:

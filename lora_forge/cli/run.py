@@ -35,6 +35,7 @@ _DEFAULTS = {
     "iterations": f"the model config's, or {DEFAULT_ITERATIONS}",
     "l2": f"the model config's, or {DEFAULT_L2}",
     "output": "output/<the prompt's words>_lora.safetensors",
+    "sidecar": "with the saver safetensors",
 }
 Answer = Callable[[object], None]  # prints an object as JSON
 
@@ -47,7 +48,10 @@ def _scalar_options(function: Callable[..., Any]) -> Callable[..., Any]:
             continue
         names = _SPELLINGS.get(field.name, ("--" + field.name.replace("_", "-"),))
         settings: dict[str, Any] = {"help": field.metadata["help"], "default": None}
-        if isinstance(field.default, bool):
+        if field.name == "sidecar":
+            names = ("--sidecar/--no-sidecar",)
+            settings["help"] += f"  [default: {_DEFAULTS[field.name]}]"
+        elif isinstance(field.default, bool):
             settings["is_flag"] = True
         elif field.name == "plugins":
             settings.update(multiple=True, metavar="FILE.py")
@@ -85,8 +89,8 @@ def _metavar(hint: Any) -> str:
 @click.option("--initializer-opt", multiple=True, metavar="KEY=VALUE", help="an option of it; repeatable")
 @click.option("--optimizer", metavar="NAME", help="the optimizer  [default: adamw]")
 @click.option("--optimizer-opt", multiple=True, metavar="KEY=VALUE", help="an option of it; repeatable")
-@click.option("--saver", metavar="NAME", help="the saver  [default: safetensors]")
-@click.option("--saver-opt", multiple=True, metavar="KEY=VALUE", help="an option of it; repeatable")
+@click.option("--saver", multiple=True, metavar="NAME", help="a format to write; repeatable  [default: safetensors]")
+@click.option("--saver-opt", multiple=True, metavar="[NAME.]KEY=VALUE", help="an option of a saver; repeatable")
 @click.option("--backend-opt", multiple=True, metavar="KEY=VALUE", help="an option of the model's backend; repeatable")
 @click.option("--config", type=Path, metavar="RUN.toml", help="a run config file; the command line wins over it")
 @click.option("--like", type=Path, metavar="FILE", help="repeat the run that made this file; all else wins over it")
@@ -117,13 +121,14 @@ def _carry_out(
     if earlier:
         check_earlier(earlier, run_config, registry)
 
+    from lora_forge.naming import default_output
     from lora_forge.plan import make_plan
-    from lora_forge.saving import default_output, versions
+    from lora_forge.saving import versions
     from lora_forge.session import Session
 
     plan = make_plan(run_config, registry, mistakes=mistakes, source=source)
     if run_config.output is None:
-        output = default_output(run_config.prompt, plan.saver_spec.suffix)
+        output = str(default_output(run_config.prompt))
         plan = dataclasses.replace(plan, config=dataclasses.replace(run_config, output=output))
     if earlier:
         for difference in differences(earlier, plan.record(), plan.config, versions()):
@@ -148,11 +153,14 @@ def _run(session: Session, registry: Registry, plan: Plan, answer: Answer | None
 
 def _dry_run(session: Session, plan: Plan, answer: Answer | None) -> int:
     from lora_forge.cli.display import print_plan
+    from lora_forge.output import place_of
 
     model = session.check_plan(plan)
+    files = [str(place) for place, _ in plan.files(place_of(plan.config.output or ""))]
     record = {
         **plan.record(),
-        "output": str(plan.output),
+        "output": files[0],
+        "files": files,
         "device": model.device,
         "layers": {c: sum(layer.component == c for layer in model.layers) for c in plan.backend_spec.components},
         "loaded": list(plan.load),
@@ -169,7 +177,7 @@ def _structured(given: dict[str, Any]) -> list[dict[str, Any]]:
     names: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for key, value in given.items():
-        if value is None or value is False or value == ():
+        if value is None or (value is False and key != "sidecar") or value == ():
             continue
         if key.endswith("_opt"):
             kind = key.removesuffix("_opt")

@@ -19,6 +19,7 @@ from torch import nn
 from lora_forge.bank import BankLinear, BankSlot, inject
 from lora_forge.clip_unet.encoders import canonical_name, empty_encoder, load_encoder
 from lora_forge.clip_unet.family import UNET, ClipEncoder, Family
+from lora_forge.clip_unet.pipeline import load_model, load_pipeline
 from lora_forge.clip_unet.sources import SingleFile, Source, open_source
 from lora_forge.clip_unet.tiny import tiny_folder
 from lora_forge.contracts import Backend, BackendRequest, EncoderOutput, TargetLayer, Tokens
@@ -139,19 +140,11 @@ class ClipUnetBackend(Backend):
                 continue
             assert self._source is not None
             if component == UNET:
-                module = self._load_unet(self._source, dtype)
+                module = load_model(self._source, UNET, dtype).to(self._request.device)
             else:
                 kind = self.facts.encoders[component]
                 module = load_encoder(component, kind, self._source, device=self._request.device, dtype=dtype)
             self._modules[component] = module
-
-    def _load_unet(self, source: Source, dtype: torch.dtype) -> Any:
-        try:
-            return source.load_unet(dtype).to(self._request.device).requires_grad_(False).eval()
-        except ModelError:
-            raise
-        except Exception as error:  # diffusers' own, of no common type
-            raise ModelError(f"base model {source.name!r}: unet: {' '.join(str(error).split())}") from error
 
     def adapt(self, layers: Sequence[TargetLayer], rank: int, alpha: float, slot: BankSlot) -> None:
         for component in dict.fromkeys(layer.component for layer in layers):
@@ -220,6 +213,13 @@ class ClipUnetBackend(Backend):
                     weight = child.base_layer.weight
                     self._norms[component, name] = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
         return self._norms.get((component, layer))
+
+    def pipeline(self) -> Any:
+        if self._source is not None:
+            return load_pipeline(self._source, self.facts, getattr(torch, self._request.dtype))
+        if self._adapted:
+            raise ModelError("the pipeline in memory has a run's layers in it; release() takes them out")
+        return self._request.pipeline
 
     def usage(self, path: str, prompt: str) -> str:
         lines = [f"pipe.load_lora_weights({path!r})", f"image = pipe({prompt!r}).images[0]"]

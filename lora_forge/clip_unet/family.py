@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 UNET = "unet"
+VAE = "vae"
 Take = Callable[["torch.Tensor"], "torch.Tensor"]
 
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_forge.clip_unet.family import UNET, Family, Take, whole
+from lora_forge.clip_unet.family import UNET, VAE, Family, Take, whole
 from lora_forge.clip_unet.tiny import tiny_folder
 from lora_forge.errors import ModelError
 
@@ -45,8 +45,12 @@ class Source(ABC):
         """The key a parameter has in the weight files, and how to take it from the tensor there."""
 
     @abstractmethod
-    def load_unet(self, dtype: torch.dtype) -> Any:
-        """The UNet, through diffusers."""
+    def load_model(self, component: str, dtype: torch.dtype) -> Any:
+        """The UNet or the VAE, through diffusers, on the CPU. Raises what diffusers raises, too."""
+
+    @abstractmethod
+    def optional_json(self, relative: str) -> dict[str, Any]:
+        """What a JSON file of the model holds; empty where there is none."""
 
 
 class Folder(Source):
@@ -66,13 +70,19 @@ class Folder(Source):
         return path
 
     def config(self, component: str) -> dict[str, Any]:
-        path = self._need(f"{component}/config.json")
+        return self._json(self._need(f"{component}/config.json"), f"{component}/config.json")
+
+    def optional_json(self, relative: str) -> dict[str, Any]:
+        path = self.find(relative)
+        return {} if path is None else self._json(path, relative)
+
+    def _json(self, path: Path, relative: str) -> dict[str, Any]:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ModelError(f"base model {self.name!r}: {component}/config.json is not valid JSON: {error}") from error
+            raise ModelError(f"base model {self.name!r}: {relative} is not valid JSON: {error}") from error
         if not isinstance(data, dict):
-            raise ModelError(f"base model {self.name!r}: {component}/config.json is not an object")
+            raise ModelError(f"base model {self.name!r}: {relative} is not an object")
         return data
 
     def tokenizer(self, name: str) -> Path:
@@ -93,8 +103,8 @@ class Folder(Source):
 
     def _weight_names(self, component: str) -> list[str]:
         # transformers and diffusers name weight files each in its own way
-        unet = "diffusion_pytorch_model"
-        stem, pickled = (unet, unet) if component == UNET else ("model", "pytorch_model")
+        own = "diffusion_pytorch_model"
+        stem, pickled = (own, own) if component in (UNET, VAE) else ("model", "pytorch_model")
         for variant in ("", ".fp16"):
             name = f"{component}/{stem}{variant}.safetensors"
             if self.has(name):
@@ -115,13 +125,11 @@ class Folder(Source):
     def locate(self, component: str, canonical: str) -> tuple[str, Take]:
         return canonical, whole
 
-    def load_unet(self, dtype: torch.dtype) -> Any:
-        from diffusers import UNet2DConditionModel
-
-        file = self.weight_files(UNET)[0]
+    def load_model(self, component: str, dtype: torch.dtype) -> Any:
+        file = self.weight_files(component)[0]
         variant = "fp16" if ".fp16" in file.name else None
-        self.config(UNET)  # there by now, for a repository on the Hub too
-        return UNet2DConditionModel.from_pretrained(
+        self.config(component)  # there by now, for a repository on the Hub too
+        return _model_class(component).from_pretrained(
             file.parent, torch_dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
 
@@ -188,12 +196,16 @@ class SingleFile(Folder):
     def locate(self, component: str, canonical: str) -> tuple[str, Take]:
         return self._family.location(component, canonical)
 
-    def load_unet(self, dtype: torch.dtype) -> Any:
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel.from_single_file(
-            str(self.file), config=str(self.root), subfolder=UNET, torch_dtype=dtype, local_files_only=True
+    def load_model(self, component: str, dtype: torch.dtype) -> Any:
+        return _model_class(component).from_single_file(
+            str(self.file), config=str(self.root), subfolder=component, torch_dtype=dtype, local_files_only=True
         )
+
+
+def _model_class(component: str) -> Any:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    return UNet2DConditionModel if component == UNET else AutoencoderKL
 
 
 def _unreachable() -> str:

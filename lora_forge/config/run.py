@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from lora_forge.errors import ConfigError, Problem, nearest
+from lora_forge.files.header import url_of
 from lora_forge.options import Unfit, check_bounds, read_value
 
 DEFAULT_ITERATIONS = 50
 DEFAULT_L2 = 1e-5
+DEFAULT_SAVER = "safetensors"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d{1,4})?)\Z")
 
@@ -53,19 +55,24 @@ class RunConfig:
     init_from: Path | None = _knob(None, "start from an earlier LoRA file")
     strength: float | None = _knob(None, "scale the finished LoRA by this factor")
     target_shift: float | None = _knob(None, "scale it until the conditioning moves by this share", above=0)
-    output: Path | None = _knob(None, "the file to write")
-    overwrite: bool = _knob(False, "replace the output file if it exists")
+    output: str | None = _knob(None, "the file to write: a path, or a URL such as s3://bucket/owl")
+    overwrite: bool = _knob(False, "replace files that exist")
+    dtype_out: Literal["float32", "float16", "bfloat16"] = _knob("float32", "of the numbers in the file")
+    sidecar: bool | None = _knob(None, "write NAME.json too, where A1111, Forge and InvokeAI find the prompt")
+    report: bool = _knob(False, "write NAME.html too: the run in charts")
+    preview: bool = _knob(False, "write NAME.grid.png too: images without and with the LoRA")
     date: str | None = _knob(None, "date to store in the file, such as 2026-01-31")
     plugins: tuple[Path, ...] = _knob((), "plugin files to load")
     strict_plugins: bool = _knob(False, "any broken plugin is an error")
     loss: tuple[Choice, ...] = (Choice("embedding_magnitude"),)
     initializer: Choice = Choice("gaussian")
     optimizer: Choice = Choice("adamw")
-    saver: Choice = Choice("safetensors")
+    saver: tuple[Choice, ...] = (Choice(DEFAULT_SAVER),)
     backend_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 _STRUCTURED = ("loss", "initializer", "optimizer", "saver", "backend_options")
+_SEVERAL = ("loss", "saver")  # kinds of which a run may use more than one
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -91,8 +98,8 @@ def read_run_config(layers: Sequence[Mapping[str, Any]], *, source: str = "") ->
 def collect_run_config(layers: Sequence[Mapping[str, Any]]) -> tuple[RunConfig, list[Problem]]:
     """A run config from mappings of its keys, later ones winning, and every mistake. `Text` values are parsed.
 
-    `loss` is a name, a table `{name, weight, options}`, or a list of those; `initializer`, `optimizer`
-    and `saver` are a name or a table `{name, options}`. A name may carry a weight: `"a:0.5"`.
+    `loss` is a name, a table `{name, weight, options}`, or a list of those, and so is `saver`, without weights;
+    `initializer` and `optimizer` are a name or a table `{name, options}`. A loss's name may carry a weight: `"a:0.5"`.
     Options alone (`{options}`) add to those of a lower layer. A key with a mistake keeps its default.
     """
     problems: list[Problem] = []
@@ -159,7 +166,18 @@ def _date(value: Any) -> Any:
     return value
 
 
-_CHECKS: Mapping[str, Callable[[Any], Any]] = {"device": _device, "date": _date}
+def _output(value: Any) -> Any:
+    """A path or a URL, as text; Python's callers give paths as such."""
+    if isinstance(value, Path) and url_of(value):
+        raise Unfit(f"a path keeps one slash of a URL; give the URL as text, got {value!r}")
+    # A URL's path, as a result names it, is no PathLike.
+    text = str(value) if isinstance(value, os.PathLike) or hasattr(value, "protocol") else value
+    if text is not None and not (isinstance(text, str) and text):
+        raise Unfit(f"expected a path or a URL, got {value!r}")
+    return text
+
+
+_CHECKS: Mapping[str, Callable[[Any], Any]] = {"device": _device, "date": _date, "output": _output}
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
@@ -169,15 +187,20 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 def _structured(key: str, value: Any, below: Any, problems: list[Problem]) -> Any:
     if key == "backend_options":
         return {**below, **_table(key, value, problems)}
-    if key != "loss":
+    if key not in _SEVERAL:
         return _choice(key, value, below, problems, weighted=False)
     if isinstance(value, Mapping) and set(value) == {"options"}:
-        return _add_loss_options(below, _table("loss.options", value["options"], problems), problems)
+        return _add_options(key, below, _table(f"{key}.options", value["options"], problems), problems)
     items = value if isinstance(value, list | tuple) else [value]
     if not items:
-        problems.append(Problem("loss", "at least one loss is needed"))
-    choices = [_choice("loss", item, None, problems, weighted=True) for item in items]
-    return tuple(choice for choice in choices if choice is not None)
+        problems.append(Problem(key, f"at least one {key} is needed"))
+    choices = [_choice(key, item, None, problems, weighted=key == "loss") for item in items]
+    known = {one.name: one.options for one in below} if key == "saver" else {}  # a loss may be there twice
+    return tuple(
+        dataclasses.replace(choice, options={**known.get(choice.name, {}), **choice.options})
+        for choice in choices
+        if choice is not None
+    )
 
 
 def _choice(key: str, value: Any, below: Choice | None, problems: list[Problem], *, weighted: bool) -> Choice | None:
@@ -206,10 +229,10 @@ def _choice(key: str, value: Any, below: Choice | None, problems: list[Problem],
     return Choice(str(name), options, 1.0 if weight is None else weight)
 
 
-def _add_loss_options(
-    choices: Sequence[Choice], options: Mapping[str, Any], problems: list[Problem]
+def _add_options(
+    kind: str, choices: Sequence[Choice], options: Mapping[str, Any], problems: list[Problem]
 ) -> tuple[Choice, ...]:
-    """Options without a loss's name: `key` belongs to the only loss, `loss.key` to the one named."""
+    """Options of one of several: `key` belongs to the only one there is, `name.key` to the one named."""
     result = list(choices)
     for key, value in options.items():
         name, dot, option = key.rpartition(".")
@@ -217,9 +240,11 @@ def _add_loss_options(
         if len(owners) != 1:
             names = ", ".join(choice.name for choice in result)
             why = (
-                f"say whose: one of {names}, as NAME.{option}" if owners else f"no loss {name!r} here; there is {names}"
+                f"say whose: one of {names}, as NAME.{option}"
+                if owners
+                else f"no {kind} {name!r} here; there is {names}"
             )
-            problems.append(Problem(f"loss.options.{key}", why))
+            problems.append(Problem(f"{kind}.options.{key}", why))
             continue
         owner = result[owners[0]]
         result[owners[0]] = dataclasses.replace(owner, options={**owner.options, option: value})

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_forge.builtin.backends import lora_forge_backends
-from lora_forge.errors import LoraFileError
+from lora_forge.errors import LoraFileError, OutputError
+from lora_forge.files.family import FAMILY_KEY, recorded_family
 from lora_forge.files.formats import FOLDERS, FORMATS, lay_out, write_format
+from lora_forge.files.header import url_of
 from lora_forge.files.layer_tensors import Layers, named_keys, read_layers, torch_dtype
-from lora_forge.files.lora_file import open_lora
 from lora_forge.files.scaling import by_component, with_alpha
+from lora_forge.naming import suffix_problem
 from lora_forge.output import appearing, check_apart, check_output
+from lora_forge.plugins import discover
+from lora_forge.recognition import Family, OpenRegistry, families_here, named_family, open_known
 from lora_forge.records import FileLayout
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ _SPELLED = {
     "diffusers": "diffusers",
     "diffusers-old": "diffusers",
     "peft": "peft",
+    "cloneofsimo": "diffusers",  # the nearest: one file, and alpha = rank
 }
 
 
@@ -57,11 +62,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Source:
-    """A LoRA file as it was before any conversion: its layers, its metadata, and the format it has now."""
+    """A LoRA file as it was before any conversion: its layers, its metadata, and the format it has now.
+
+    format: one of `FORMATS`. spelling: the same as `inspect` calls it, which knows more of them.
+    """
 
     path: Path
     format: str
-    family: str | None
+    spelling: str
+    family: Family
     layers: Layers
     metadata: Mapping[str, str]
     record: Record | None
@@ -70,25 +79,30 @@ class Source:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a file: its format before, what is in it now, keys left out, and remarks for the user."""
+    """What became of a file: where it is, its format before and now, as `inspect` calls them, and what is in it.
 
+    dropped: keys left out. notes: remarks for the user.
+    """
+
+    output: Path
     original: str
+    format: str
     layers: Layers
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def read_source(path: Path, *, drop_unknown: bool = False) -> Source:
+def read_source(path: Path, *, drop_unknown: bool = False, registry: OpenRegistry = discover) -> Source:
     """A LoRA file or PEFT folder, with the padding and folding of an earlier conversion undone.
 
     Raises LoraFileError as `open_lora` and `read_layers` do.
     """
-    lora = open_lora(path)
+    lora, family = open_known(path, registry)
     layers, dropped = read_layers(lora, drop_unknown=drop_unknown)
     record = _read_record(lora.metadata, path)
     if record:
         layers = _undone(layers, record)
-    return Source(path, _SPELLED[lora.format], lora.family, layers, lora.metadata, record, dropped)
+    return Source(path, _SPELLED[lora.format], lora.format, family, layers, lora.metadata, record, dropped)
 
 
 def convert(
@@ -99,21 +113,25 @@ def convert(
     drop_unknown: bool = False,
     family: str | None = None,
     overwrite: bool = False,
+    registry: OpenRegistry = discover,
 ) -> Conversion:
     """Write the LoRA in `source` to `output` in another format, one of `FORMATS`, with the same ΔW.
 
-    family: what the file is a LoRA of, where nothing in it tells. Raises LoraFileError for a file that cannot be
-    converted and OutputError for an output that cannot be written; nothing is written then.
+    output: a file's name without a suffix gets `.safetensors`, as `Conversion.output` tells.
+    family: what the file is a LoRA of, where nothing in it tells. registry: gives the plugins there are; called only
+    for a file that may be of a plugin's family. Raises LoraFileError for a file that cannot be converted and
+    OutputError for an output that cannot be written; nothing is written then.
     """
+    output = output_named(output, format)
     check_apart([source], output)
     check_output(output, overwrite=overwrite, folder=format in FOLDERS)
-    read = read_source(source, drop_unknown=drop_unknown)
+    read = read_source(source, drop_unknown=drop_unknown, registry=registry)
     original = read.record.original if read.record else read.format
     going_back = read.record is not None and format == original
     laid = lay_out(read.layers, format, pad=not going_back)
-    family = known_family([read], family)
-    layout = layout_of(family, format)
-    metadata = {**(layout.metadata if layout else {}), **_kept(read.metadata)}
+    known = known_family([read], family, registry)
+    layout = layout_of(known, format, registry)
+    metadata = {**(layout.metadata if layout else {}), **_kept(read.metadata), **family_metadata(known, read.metadata)}
     if format == "safetensors":
         metadata = {**network_metadata(laid.layers), **metadata}
     before = _before(read.layers, laid.layers, laid.widened)
@@ -128,36 +146,66 @@ def convert(
         notes.append(f"{len(laid.padded)} layers of zeros added, as readers of the format demand them")
     if read.dropped:
         notes.append(f"left out: {named_keys(read.dropped)}")
-    return Conversion(read.format, laid.layers, read.dropped, tuple(notes))
+    return Conversion(output, read.spelling, spelling_of(format), laid.layers, read.dropped, tuple(notes))
 
 
-def known_family(sources: list[Source], family: str | None) -> str | None:
-    """The family the files are LoRAs of: what they tell, or `family`. Raises LoraFileError where those contradict."""
-    told = {source.family: source.path for source in sources if source.family}
-    if family is not None and set(told) - {family}:
-        other = next(one for one in told if one != family)
-        raise LoraFileError(f"{str(told[other])!r} is a LoRA of {other}, not of {family}")
+def output_named(output: Path, format: str) -> Path:
+    """What is written where `output` was asked for. Raises OutputError for the name of something else."""
+    if url := url_of(output):
+        raise OutputError(f"output {url!r} is a URL; what is converted or merged is written on this machine")
+    suffix = "" if format in FOLDERS else ".safetensors"
+    if problem := suffix_problem(output.name, f"--to {format}", suffix):
+        raise OutputError(f"output {str(output)!r}: {problem}")
+    named = output.name.lower().endswith(suffix) or not output.name or os.path.isdir(output)
+    return output if named else output.with_name(output.name + suffix)
+
+
+def known_family(sources: Sequence[Source], name: str | None, registry: OpenRegistry) -> Family:
+    """The family the files are LoRAs of: what they tell, or what `name` says, which may stand for one that is not here.
+
+    Raises LoraFileError where those contradict, PluginError for a name that no backend has.
+    """
+    given = named_family(name, registry) if name else None
+    told: dict[str, Source] = {}
+    for source in sources:
+        if source.family.name and not (given and source.family.missing):
+            told.setdefault(source.family.name, source)
+    if given and set(told) - {given.name}:
+        other = next(one for one in told if one != given.name)
+        raise LoraFileError(f"{str(told[other].path)!r} is a LoRA of {other}, not of {given.name}")
     if len(told) > 1:
-        shown = ", ".join(f"{str(path)!r} of {one}" for one, path in told.items())
+        shown = ", ".join(f"{str(source.path)!r} of {one}" for one, source in told.items())
         raise LoraFileError(f"LoRAs of different families are no one LoRA: {shown}")
-    return next(iter(told), family)
+    return given or next((source.family for source in told.values()), Family(None))
 
 
-def family_layouts() -> dict[str, FileLayout]:
-    """The families that can be converted to the universal layout, and what theirs is."""
-    return {spec.name: spec.layout for spec in lora_forge_backends() if spec.layout}
-
-
-def layout_of(family: str | None, format: str) -> FileLayout | None:
+def layout_of(family: Family, format: str, registry: OpenRegistry) -> FileLayout | None:
     """A family's universal layout. Raises LoraFileError where `format` needs one and there is none."""
-    layouts = family_layouts()
-    layout = layouts.get(family or "")
-    if layout is None and format == "safetensors":
-        known = " or ".join(sorted(layouts))
-        if family is None:
-            raise LoraFileError(f"nothing in the file tells what it is a LoRA of; --family {known} says it")
-        raise LoraFileError(f"'safetensors' has names for LoRAs of {known} only, and this is one of {family}")
-    return layout
+    layout = family.spec.layout if family.spec else None
+    if layout or format != "safetensors":
+        return layout
+    known = " or ".join(sorted(str(one.name) for one in families_here(registry) if one.spec and one.spec.layout))
+    if family.name is None:
+        raise LoraFileError(f"nothing in the file tells what it is a LoRA of; --family {known} says it")
+    if family.missing:
+        raise LoraFileError(
+            f"it is a LoRA of {family}, and only that backend has the names of its layers: install it, or load it with "
+            f"--plugin FILE.py; or --family {known} says which of those here is the same"
+        )
+    raise LoraFileError(
+        f"'safetensors' has names for LoRAs of {known} only, and this is one of {family}; --to diffusers and --to peft "
+        "need none"
+    )
+
+
+def family_metadata(family: Family, metadata: Mapping[str, str]) -> dict[str, str]:
+    """What tells the family of a file that has no record of it, where that is a plugin's."""
+    return {FAMILY_KEY: family.told_as} if family.told_as and not recorded_family(metadata) else {}
+
+
+def spelling_of(format: str) -> str:
+    """What `inspect` calls a format of `FORMATS`."""
+    return "kohya" if format == "safetensors" else format
 
 
 def network_metadata(layers: Layers) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -11,19 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_forge.contracts import LayerKey
-from lora_forge.conversion.convert import Source, known_family, layout_of, network_metadata, read_source
+from lora_forge.conversion.convert import (
+    Source,
+    family_metadata,
+    known_family,
+    layout_of,
+    network_metadata,
+    output_named,
+    read_source,
+)
 from lora_forge.errors import LoraFileError
+from lora_forge.files.family import recorded_run
 from lora_forge.files.formats import FOLDERS, lay_out, write_format
 from lora_forge.files.layer_tensors import Layers, LayerTensors
 from lora_forge.files.scaling import scaled
 from lora_forge.output import appearing, check_apart, check_output
+from lora_forge.plugins import discover
+from lora_forge.recognition import OpenRegistry
 
 if TYPE_CHECKING:
     import torch
 
 RECORD_KEY = "lora_forge_merge"
-# Of what the inputs say, what holds of their sum too: what it was trained on, and what calls it up.
-_PHRASE = "modelspec.trigger_phrase"
+_MOST_TAGS = 100  # of each file: user interfaces show no metadata from a header above 1 MiB
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,9 @@ class RankError:
 
 @dataclass(frozen=True)
 class Merge:
-    """What was written: its layers, what each component lost if a rank was asked for, and remarks for the user."""
+    """What was written: where, its layers, what each component lost if a rank was asked for, remarks for the user."""
 
+    output: Path
     layers: Layers
     errors: tuple[RankError, ...]
     notes: tuple[str, ...]
@@ -68,21 +80,23 @@ def merge(
     rank: int | None = None,
     family: str | None = None,
     overwrite: bool = False,
+    registry: OpenRegistry = discover,
 ) -> Merge:
     """Write one LoRA whose ΔW is Σ weight · ΔW of the inputs, in a format of `FORMATS`.
 
     rank: without it ranks are concatenated, and nothing is lost but the rounding of B; with it, each layer is the
-        nearest of that rank (truncated SVD). Raises LoraFileError for files that cannot be merged and OutputError for
-        an output that cannot be written; nothing is written then.
+        nearest of that rank (truncated SVD). output, registry: as `convert` takes them. Raises LoraFileError for files
+        that cannot be merged and OutputError for an output that cannot be written; nothing is written then.
     """
+    output = output_named(output, format)
     check_apart([one.path for one in inputs], output)
     check_output(output, overwrite=overwrite, folder=format in FOLDERS)
     for one in inputs:
         if not math.isfinite(one.weight) or one.weight == 0:
             raise LoraFileError(f"{str(one.path)!r}: a weight of {one.weight:g} makes no sense")
-    sources = [read_source(one.path) for one in inputs]
-    family = known_family(sources, family)
-    layout = layout_of(family, format)
+    sources = [read_source(one.path, registry=registry) for one in inputs]
+    known = known_family(sources, family, registry)
+    layout = layout_of(known, format, registry)
     parts = _parts(inputs, sources)
     reduced = {key: _reduced(*key, own, rank) for key, own in parts.items()} if rank is not None else {}
     layers = {key: one.layer for key, one in reduced.items()} or {key: _joined(*key, own) for key, own in parts.items()}
@@ -91,11 +105,12 @@ def merge(
         **(layout.metadata if layout else {}),
         **network_metadata(laid.layers),
         **_metadata(inputs, sources, rank),
+        **family_metadata(known, {}),
     }
     with appearing(output, overwrite=overwrite, folder=format in FOLDERS) as temporary:
         write_format(temporary, format, laid.layers, layout, metadata)
     notes = [f"{len(laid.padded)} layers of zeros added, as readers of the format demand them"] if laid.padded else []
-    return Merge(laid.layers, tuple(_errors(reduced)), tuple(notes))
+    return Merge(output, laid.layers, tuple(_errors(reduced)), tuple(notes))
 
 
 def _parts(inputs: Sequence[Weighted], sources: Sequence[Source]) -> dict[LayerKey, list[tuple[float, LayerTensors]]]:
@@ -184,12 +199,36 @@ def _ratio(squared_error: float, squared_norm: float) -> float:
 
 
 def _metadata(inputs: Sequence[Weighted], sources: Sequence[Source], rank: int | None) -> dict[str, str]:
+    """What was merged, for people and for programs; of folders that a file was in, nothing."""
     names = [{"name": one.path.name, "weight": one.weight} for one in inputs]
-    title = " + ".join(f"{one.weight:g} · {one.path.stem}" for one in inputs)
-    phrases = dict.fromkeys(text for source in sources if (text := source.metadata.get(_PHRASE)))
+    phrases = [_phrase(source) for source in sources]
+    joined = ", ".join(dict.fromkeys(filter(None, phrases)))
+    parts = zip(inputs, sources, phrases, strict=True)
+    tags = {one.path.stem: _tags(source, phrase) for one, source, phrase in parts}
+    bases = {source.metadata.get("ss_sd_model_name", "") for source in sources}
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": title,
-        **({_PHRASE: ", ".join(phrases)} if phrases else {}),
+        "modelspec.title": " + ".join(f"{one.weight:g} · {one.path.stem}" for one in inputs),
+        "modelspec.description": f"merged from {', '.join(f'{one.path.name} × {one.weight:g}' for one in inputs)}",
+        **({"modelspec.trigger_phrase": joined} if joined else {}),
+        **({"ss_tag_frequency": json.dumps(tags, ensure_ascii=False)} if any(tags.values()) else {}),
+        **({"ss_sd_model_name": bases.pop()} if len(bases) == 1 and any(bases) else {}),
         RECORD_KEY: json.dumps({"format": 1, "files": names, "rank": rank}, sort_keys=True, ensure_ascii=False),
     }
+
+
+def _phrase(source: Source) -> str:
+    """What calls a file's LoRA up: as its metadata says, or the prompt it was made for; "" if neither is there."""
+    told = source.metadata.get("modelspec.trigger_phrase") or recorded_run(source.metadata).get("prompt")
+    return told if isinstance(told, str) else ""
+
+
+def _tags(source: Source, phrase: str) -> dict[str, int]:
+    """The commonest tags of what a file was trained on, and how many times each; its phrase if it tells none."""
+    counts: Counter[str] = Counter()
+    try:
+        for folder in json.loads(source.metadata.get("ss_tag_frequency", "{}")).values():
+            counts.update({str(tag): int(count) for tag, count in folder.items()})
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        counts.clear()
+    return dict(counts.most_common(_MOST_TAGS)) or ({phrase: 1} if phrase else {})

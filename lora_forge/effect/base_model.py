@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import Any, cast, get_args, get_type_hints
 from lora_forge.config.model import read_model_config, shipped_names
 from lora_forge.contracts import Backend, BackendRequest, LayerKey
 from lora_forge.errors import ConfigError, LoraFileError, ModelError, blaming, printable
-from lora_forge.files.layer_tensors import LayerTensors, read_layer
+from lora_forge.files import family
+from lora_forge.files.layer_tensors import LayerTensors, read_layer, unnamed_problem
 from lora_forge.files.lora_file import FileLayer, LoraFile
-from lora_forge.files.names import RECORD_KEY, own_names
+from lora_forge.files.names import own_names
 from lora_forge.options import parse_options
 from lora_forge.plan import IN_MEMORY, Chosen
 from lora_forge.plugins import BUILTIN, Registry
@@ -49,11 +49,7 @@ class FileBase:
 
 def recorded_run(lora: LoraFile) -> Mapping[str, Any]:
     """What a file's record says of the run that made it; empty without one, or where it is not legible."""
-    try:
-        run = json.loads(lora.metadata.get(RECORD_KEY, "{}"))["run"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return {}
-    return run if isinstance(run, dict) else {}
+    return family.recorded_run(lora.metadata)
 
 
 def base_of(
@@ -126,11 +122,8 @@ def split_layers(lora: LoraFile, spec: BackendSpec) -> tuple[list[FileLayer], di
         raise LoraFileError(f"{where} holds no LoRA layer")
     if lora.faults:
         raise LoraFileError(f"{where}: {lora.faults[0]}")
-    if lora.format == "cloneofsimo":
-        raise LoraFileError(
-            f"{where}: its layers are only numbered, as {printable(lora.layers[0].name)!r} is, which does not tell "
-            "which layers of a model they are"
-        )
+    if problem := unnamed_problem(lora):
+        raise LoraFileError(problem)
     for layer in lora.layers:
         if layer.component is not None and layer.component not in spec.components:
             raise LoraFileError(

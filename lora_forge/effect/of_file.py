@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from lora_forge.bank import Bank, BankSlot, Pair
 from lora_forge.batch import ModelView, texts_by_encoder
 from lora_forge.contracts import Backend, LayerKey, TargetLayer
 from lora_forge.effect.measure import Shift, conditioning_shifts
+from lora_forge.effect.tokens import TokenShift, conditioning_parts, encoder_groups, token_shifts
 from lora_forge.errors import LoraFileError
 from lora_forge.files.layer_tensors import LayerTensors
 
@@ -75,23 +74,6 @@ class LayerEffect:
     alone: float
     parts: Mapping[str, float]
     without: float | None
-
-
-@dataclass(frozen=True)
-class TokenShift:
-    """How far a part of the conditioning moves at one token of the training prompt.
-
-    relative: ‖with − without‖ / ‖without‖ at this token. share: of the part's squared change; they sum to 1, or are all
-    0. padding: it stands after the end of the text, where the denoiser looks too.
-    """
-
-    part: str
-    encoder: str
-    position: int
-    text: str
-    padding: bool
-    relative: float
-    share: float
 
 
 @dataclass(frozen=True)
@@ -209,7 +191,7 @@ class _Measuring:
         """Many layers in one pass, each a row of the bank. full: the shifts with all layers on."""
         norms = self.whole.delta_norms()
         weights = self.weights()
-        for encoders in self.groups():
+        for encoders in encoder_groups(self.alone):
             keys = [key for key in self.pairs if key[0] in encoders]
             # All passes have as many rows, so that the frozen model runs once.
             rows = min(_ROWS, len(keys))
@@ -234,44 +216,17 @@ class _Measuring:
         view.begin_step()
         return [{shift.name: shift.relative for shift in row[1:]} for row in conditioning_shifts(view)]
 
-    def parts(self, encoders: Sequence[str], *, adapted: bool) -> dict[str, torch.Tensor]:
-        """What these encoders make of the training prompt, by part, `(1, …)` float64 on the CPU."""
-        self.slot.bank = self.whole
-        with torch.no_grad():
-            outputs = self.alone.outputs(self.alone.texts, adapted=adapted, masked=False)
-            parts = self.backend.conditioning({encoder: outputs[encoder] for encoder in encoders})
-        return {name: tensor.cpu().double() for name, tensor in parts.items()}
-
     def weights(self) -> dict[str, float]:
         """Each part's norm in the frozen model, as a share of that of all parts together."""
-        norms = {name: float(part.norm()) for name, part in self.parts(self.encoders, adapted=False).items()}
+        parts = conditioning_parts(self.alone, self.encoders, adapted=False)
+        norms = {name: float(part.norm()) for name, part in parts.items()}
         whole = math.hypot(*norms.values())
         return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
 
-    def groups(self) -> list[tuple[str, ...]]:
-        """Encoders that have to run together: each alone, unless a part is made of several encoders' outputs."""
-        whole = [(name, part.shape) for name, part in self.parts(self.encoders, adapted=False).items()]
-        apart = [(name, part.shape) for one in self.encoders for name, part in self.parts([one], adapted=False).items()]
-        return [(one,) for one in self.encoders] if sorted(apart) == sorted(whole) else [self.encoders]
-
-    def tokens(self) -> Iterator[TokenShift]:
-        """Of the parts that have as many rows as one encoder has tokens."""
+    def tokens(self) -> list[TokenShift]:
         self.each(self.passes)
-        for group in self.groups():
-            if len(group) > 1:
-                continue
-            tokens = self.alone.tokens(self.alone.texts)[group[0]]
-            texts, mask = self.backend.token_texts(group[0], tokens)[0], tokens.attention_mask[0].tolist()
-            before, after = (self.parts(group, adapted=adapted) for adapted in (False, True))
-            for name, part in before.items():
-                if part.ndim != 3 or part.shape[1] != len(texts):  # one vector for the whole text
-                    continue
-                size, change = part[0].norm(dim=1), (after[name] - part)[0].norm(dim=1)
-                relative = torch.where(size > 0, change / size, torch.zeros_like(change)).tolist()
-                share = (change.square() / change.square().sum().clamp_min(5e-324)).tolist()
-                for position, text in enumerate(texts):
-                    numbers = relative[position], share[position]
-                    yield TokenShift(name, group[0], position, text, not mask[position], *numbers)
+        self.slot.bank = self.whole
+        return token_shifts(self.alone)[0]
 
 
 def _pairs(layers: Mapping[LayerKey, LayerTensors], device: str) -> dict[LayerKey, Pair]:

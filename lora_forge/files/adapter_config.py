@@ -11,6 +11,8 @@ from typing import Any
 from lora_forge.errors import LoraFileError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# What lora-forge writes of a config, and no more.
+WRITTEN = {"peft_type", "r", "lora_alpha", "target_modules", "bias", "lora_dropout", "inference_mode"}
 _LARGEST = 2**20  # bytes; a config that names every layer of SDXL takes a tenth
 
 
@@ -57,3 +59,11 @@ def read_metadata_configs(metadata: Mapping[str, str]) -> dict[str, AdapterConfi
 def _config(data: Any) -> AdapterConfig:
     patterns = {str(layer): float(alpha) for layer, alpha in (data.get("alpha_pattern") or {}).items()}
     return AdapterConfig(float(data["lora_alpha"]), patterns, data.get("use_rslora") is True)
+
+
+def is_own(path: Path) -> bool:
+    """Whether a config says what lora-forge writes and nothing else; PEFT's own says more."""
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).keys() == WRITTEN)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False

@@ -136,7 +136,7 @@ def write_format(
             tensors = universal_tensors(layers, layout)
         except LoraForgeError as error:
             raise LoraFileError(str(error)) from error
-        write_safetensors(path, tensors, metadata)
+        write_safetensors(path, tensors, metadata, hashes=True)
         return
     write_safetensors(path, diffusers_tensors(layers), metadata)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from lora_forge.errors import LoraFileError, quoted
 
 LARGEST_HEADER = 32 * 2**20  # bytes: twenty times that of the largest LoRA there is; parsing takes ten times as much
 MOST_TENSORS = 2**16  # six for each layer of the largest model there is, several times over
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)\Z", re.DOTALL)
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -63,6 +65,8 @@ def read_header(path: Path) -> Header:
                 raise LoraFileError(f"{where}: its header of {length} bytes is too large to be a LoRA's")
             text = file.read(length)
     except (OSError, ValueError) as error:  # ValueError: a path that can be none
+        if url_of(path):
+            raise LoraFileError(nothing_at(path)) from error
         raise LoraFileError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
         data = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
@@ -78,6 +82,19 @@ def read_header(path: Path) -> Header:
     tensors = {name: _stored(name, entry, where) for name, entry in data.items()}
     _check_places(tensors, size - 8 - length, where)
     return Header(tensors, metadata, 8 + length, size)
+
+
+def url_of(path: Path) -> str | None:
+    """The URL that somebody gave where a path was wanted: of its slashes a path keeps one. None for what is a path."""
+    match = _URL.match(str(path))
+    return f"{match.group(1)}://{match.group(2)}" if match and not path.exists() else None
+
+
+def nothing_at(path: Path) -> str:
+    """What to say of a path where there is nothing to read."""
+    url = url_of(path)
+    told = f"{url!r} is a URL, which cannot be read; download it first, and give the file"
+    return told if url else f"{str(path)!r} does not exist"
 
 
 def read_metadata(path: Path) -> Mapping[str, str]:

@@ -54,24 +54,30 @@ def read_layers(lora: LoraFile, *, drop_unknown: bool = False) -> tuple[Layers, 
         plain LoRA (DoRA, LyCORIS's other kinds). Raises LoraFileError, naming keys, where there are some otherwise,
         and for whatever makes the rest unfit to load: formats mixed, numbers that are not finite, alpha 0.
     """
-    if lora.format == "cloneofsimo":
-        key = next(part.key for layer in lora.layers for part in layer.parts.values())
-        raise LoraFileError(
-            f"{str(lora.path)!r}: its layers are only numbered, as {printable(key)!r} is, which does not tell which "
-            "layers of a model they are"
-        )
+    if problem := unnamed_problem(lora):
+        raise LoraFileError(problem)
     if lora.faults:
         raise LoraFileError(f"{str(lora.path)!r}: {lora.faults[0]}")
     mapped = [layer for layer in lora.layers if is_layer(layer.component, layer.layer) and layer.is_plain]
     unmapped = _without(lora, mapped)
     if unmapped and not drop_unknown:
-        raise LoraFileError(
-            f"{str(lora.path)!r}: {_counted(unmapped)}: {named_keys(unmapped)}; convert --drop-unknown leaves them out"
-        )
+        hint = "; convert --drop-unknown leaves them out" if mapped else ""
+        raise LoraFileError(f"{str(lora.path)!r}: {_counted(unmapped)}: {named_keys(unmapped)}{hint}")
     if not mapped:
         raise LoraFileError(f"{str(lora.path)!r} holds no LoRA layer" + (" that can be mapped" if unmapped else ""))
     layers = {(layer.component or "", layer.layer or ""): read_layer(lora, layer) for layer in mapped}
     return layers, unmapped
+
+
+def unnamed_problem(lora: LoraFile) -> str:
+    """Why nothing can be done with layers that are only numbered; "" where it is known which layers they are."""
+    unnamed = [one for one in lora.layers if one.layer is None] if lora.format == "cloneofsimo" else []
+    if not unnamed:
+        return ""
+    return (
+        f"{str(lora.path)!r}: its layers are only numbered, as {printable(unnamed[0].name)!r} is, and they are not all "
+        "those of Stable Diffusion 1.x, where it is known which layers the numbers stand for"
+    )
 
 
 def read_layer(lora: LoraFile, layer: FileLayer) -> LayerTensors:

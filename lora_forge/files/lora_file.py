@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from lora_forge.errors import LoraFileError, quoted
 from lora_forge.files.adapter_config import WEIGHTS, AdapterConfig, read_config, read_metadata_configs
+from lora_forge.files.family import family_of_layers, recorded_family, told_family
 from lora_forge.files.header import Header, StoredTensor, read_header
+from lora_forge.files.numbered import numbered_layers
 from lora_forge.files.shapes import delta_shape, inner_rank, misfits
 from lora_forge.files.spelling import COMPONENTS, Spelled, read_indexed, read_name
 
@@ -58,9 +61,10 @@ class LoraFile:
     """A LoRA file, or a folder of PEFT's.
 
     format: `kohya`, `lycoris`, `diffusers`, `diffusers-old`, `peft`, `cloneofsimo`, `mixed`, or `none` for a file
-    without a LoRA layer. family: `sdxl`, `sd15`, `sd2`, or None where nothing tells. unknown: keys that are in no
-    spelling of a LoRA. faults: what makes it unfit to load, in words that name a key: formats mixed, a layer that is
-    there twice, tensors that are no layer together. configs: what PEFT's folders say of alpha, by weight file.
+    without a LoRA layer. family: as its own record says, else its metadata, else its layers: `sdxl`, `sd15`, `sd2`,
+    `distribution:name` of another backend, or None where nothing tells. unknown: keys that are in no spelling of a
+    LoRA. faults: what makes it unfit to load, in words that name a key: formats mixed, a layer that is there twice,
+    tensors that are no layer together. configs: what PEFT's folders say of alpha, by weight file.
     """
 
     path: Path
@@ -87,9 +91,10 @@ class LoraFile:
         return sum(header.size for header in self.headers.values())
 
 
-def open_lora(path: Path) -> LoraFile:
+def open_lora(path: Path, prefixes: Mapping[str, str] = MappingProxyType({})) -> LoraFile:
     """A LoRA by its file, or by PEFT's folder: one adapter, or one folder of them per component.
 
+    prefixes: components by what names of their layers start with, where a family has its own (`FileLayout.prefixes`).
     Raises LoraFileError for a file that is broken, or is no safetensors file.
     """
     found = dict(_adapters(path)) if path.is_dir() else {path: None}
@@ -100,7 +105,7 @@ def open_lora(path: Path) -> LoraFile:
     unknown = []
     for file, header in headers.items():
         for key, stored in header.tensors.items():
-            read = read_name(key, found[file]) or read_indexed(key)
+            read = read_name(key, found[file], prefixes) or read_indexed(key)
             if read is None:
                 unknown.append(key)
                 continue
@@ -118,10 +123,27 @@ def open_lora(path: Path) -> LoraFile:
         for (file, name), parts in layers.items()
     )
     format = _format(set(formats))
+    if format == "cloneofsimo":
+        made = _named(made)
     faults = [_mixed(formats)] if format == "mixed" else []
     faults += [*_twice(made), *(fault for layer in made for fault in misfits(layer.kind, layer.parts))]
     configs = {file: config for file in found if (config := read_config(file)) is not None}
-    return LoraFile(path, headers, format, _family(made, headers), made, tuple(unknown), tuple(faults), configs)
+    metadata = {name: text for header in headers.values() for name, text in header.metadata.items()}
+    family = recorded_family(metadata) or told_family(metadata) or family_of_layers(made)
+    return LoraFile(path, headers, format, family, made, tuple(unknown), tuple(faults), configs)
+
+
+def _named(layers: tuple[FileLayer, ...]) -> tuple[FileLayer, ...]:
+    """Numbered layers with the paths that their numbers stand for, where all of a component's are there."""
+    # An alpha alone may have a name of any other kind beside them.
+    numbered = [layer for layer in layers if read_indexed(f"{layer.name}:up")]
+    numbers = {layer.name: int(layer.name.rpartition(":")[2]) for layer in numbered}
+    paths: dict[str, str | None] = {}
+    for component in {layer.component for layer in numbered}:
+        own = [layer for layer in numbered if layer.component == component]
+        known = numbered_layers(component or "", {numbers[layer.name]: layer.shape for layer in own})
+        paths |= {layer.name: known.get(numbers[layer.name]) for layer in own}
+    return tuple(replace(layer, layer=paths.get(layer.name, layer.layer)) for layer in layers)
 
 
 def _adapters(folder: Path) -> Iterator[tuple[Path, str | None]]:
@@ -169,33 +191,3 @@ def _twice(layers: Sequence[FileLayer]) -> Iterator[str]:
         first = seen.setdefault((layer.component, layer.layer), layer.name)
         if first != layer.name:
             yield f"{quoted(first)} and {quoted(layer.name)} are the same layer"
-
-
-def _family(layers: Sequence[FileLayer], headers: Mapping[Path, Header]) -> str | None:
-    """The base family: from the layers there are and their sizes, then from what the metadata says."""
-    if any(layer.component == "text_encoder_2" for layer in layers):
-        return "sdxl"
-    widths = {"text_encoder": {1024: "sd2"}, "unet": {768: "sd15", 1024: "sd2", 2048: "sdxl"}}
-    for layer in layers:
-        shape = layer.shape
-        # Where layers are only numbered, no other layer of a UNet has such a width.
-        cross = layer.layer is None or layer.layer.endswith((".attn2.to_k", ".attn2.to_v"))
-        if shape and (layer.component == "text_encoder" or (layer.component == "unet" and cross)):
-            known = widths[layer.component].get(shape[1])
-            if known:
-                return known
-    told = {name: text for header in headers.values() for name, text in header.metadata.items()}
-    return _told_family(told, layers)
-
-
-def _told_family(metadata: Mapping[str, str], layers: Sequence[FileLayer]) -> str | None:
-    version, architecture = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
-    if version.startswith("sdxl") or architecture.startswith("stable-diffusion-xl"):
-        return "sdxl"
-    if version.startswith("sd_v2") or metadata.get("ss_v2") == "True" or architecture.startswith("stable-diffusion-v2"):
-        return "sd2"
-    if version.startswith("sd_v1") or architecture.startswith("stable-diffusion-v1"):
-        return "sd15"
-    if any(layer.name.startswith("lora_te_") for layer in layers):
-        return "sd15"
-    return "sdxl" if any(layer.name.startswith(("lora_te1_", "lora_te2_")) for layer in layers) else None

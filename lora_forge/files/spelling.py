@@ -7,7 +7,9 @@ the original checkpoint's block names, and what LyCORIS adds to it.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 # What tensors of a layer are called after its name, and what they are.
 _PARTS = {
@@ -40,7 +42,7 @@ _PREFIXES = {
 }
 COMPONENTS = ("unet", "text_encoder_2", "text_encoder")
 _PEFT = "base_model.model."
-_INDEXED = re.compile(r"((unet|text_encoder):\d+):(up|down|alpha)\Z")
+_INDEXED = re.compile(r"((unet|text_encoder):[0-9]{1,6}):(up|down|alpha)\Z")
 # Words of layer paths that have an underscore of their own; all other underscores of a kohya name are dots.
 _WORD = re.compile(
     r"(?:text_model|self_attn|q_proj|k_proj|v_proj|out_proj|text_projection|final_layer_norm|token_embedding"
@@ -82,16 +84,19 @@ class Spelled:
     layer: str | None
 
 
-def read_name(key: str, component: str | None = None) -> Spelled | None:
+def read_name(
+    key: str, component: str | None = None, prefixes: Mapping[str, str] = MappingProxyType({})
+) -> Spelled | None:
     """What a tensor's name says, or None for a name that is in no LoRA's spelling.
 
-    component: of the file it is in, where that is known, as with PEFT's folders.
+    component: of the file it is in, where that is known, as with PEFT's folders. prefixes: of a family's own, such as
+    `lora_te3`, with the component of each; they win over those that everybody knows.
     """
     for suffix, (format, part) in _PARTS.items():
         if key.endswith(suffix):
-            return _spelled(format, key.removesuffix(suffix), part, component)
+            return _spelled(format, key.removesuffix(suffix), part, component, prefixes)
     match = _LYCORIS.search(key)
-    return _spelled("lycoris", key[: match.start()], match.group(1), component) if match else None
+    return _spelled("lycoris", key[: match.start()], match.group(1), component, prefixes) if match else None
 
 
 def read_indexed(key: str) -> Spelled | None:
@@ -100,8 +105,9 @@ def read_indexed(key: str) -> Spelled | None:
     return Spelled("cloneofsimo", match.group(1), match.group(3), match.group(2), None) if match else None
 
 
-def _spelled(format: str, name: str, part: str, component: str | None) -> Spelled | None:
-    for prefix, own in _PREFIXES.items():
+def _spelled(format: str, name: str, part: str, component: str | None, prefixes: Mapping[str, str]) -> Spelled | None:
+    families = {f"{prefix}_": own for prefix, own in sorted(prefixes.items(), key=lambda one: -len(one[0]))}
+    for prefix, own in [*families.items(), *_PREFIXES.items()]:
         if name.startswith(prefix):
             return Spelled(format, name, part, own, _canonical(own, _dotted(name.removeprefix(prefix))))
     bare = name.removeprefix(_PEFT)
@@ -121,6 +127,8 @@ def _dotted(flat: str) -> str:
 
 
 def _canonical(component: str, layer: str) -> str:
+    if component not in COMPONENTS:  # of a family from a plugin
+        return layer
     if component != "unet":
         return layer if layer.startswith(("text_model.", "text_projection")) else f"text_model.{layer}"
     # diffusers' first spelling had LoRAs in the attention processors: `attn1.processor.to_q`.

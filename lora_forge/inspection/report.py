@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_forge.errors import printable, quoted
-from lora_forge.files.lora_file import LoraFile, open_lora
+from lora_forge.files.lora_file import LoraFile
 from lora_forge.files.names import RECORD_KEY
 from lora_forge.inspection.layers import LayerReport, report_layers
 from lora_forge.inspection.places import OUTSIDE, natural, place_of
+from lora_forge.plugins import discover
+from lora_forge.recognition import Family, OpenRegistry, open_known
 
 _SEVERAL = 5
 
@@ -44,6 +46,7 @@ class FileReport:
     """measured: whether tensors were read, or the header alone."""
 
     lora: LoraFile
+    family: Family
     layers: tuple[LayerReport, ...]
     measured: bool
 
@@ -86,7 +89,8 @@ class FileReport:
         return {
             "path": str(lora.path),
             "format": lora.format,
-            "family": lora.family,
+            "family": self.family.name,
+            "backend": self.family.name if self.family.spec else None,
             "size": lora.size,
             "measured": self.measured,
             "dtypes": self.dtypes,
@@ -98,17 +102,24 @@ class FileReport:
         }
 
 
-def report_file(path: Path, *, measure: bool = True, each: Callable[[int], None] = lambda total: None) -> FileReport:
+def report_file(
+    path: Path,
+    *,
+    measure: bool = True,
+    each: Callable[[int], None] = lambda total: None,
+    registry: OpenRegistry = discover,
+) -> FileReport:
     """Inspect one file, or one of PEFT's folders. Raises LoraFileError for what is not readable as one.
 
-    measure: whether tensors are read. each: called after every layer with how many there are.
+    measure: whether tensors are read. each: called after every layer with how many there are. registry: gives the
+    plugins there are; called only for a file that may be of a plugin's family.
     """
-    lora = open_lora(path)
+    lora, family = open_known(path, registry)
     layers = []
     for layer in report_layers(lora, measure=measure):
         layers.append(layer)
         each(len(lora.layers))
-    return FileReport(lora, tuple(layers), measure)
+    return FileReport(lora, family, tuple(layers), measure)
 
 
 def shortened(text: str, length: int = 72) -> str:
@@ -141,29 +152,32 @@ def own_record(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
         rows = [
             ("prompt", run.get("prompt")),
             ("model", run.get("base_model") or run.get("model")),
-            ("objective", " + ".join(_term(term) for term in run.get("loss") or [])),
-            ("optimizer", _plugin(run.get("optimizer") or {})),
+            ("objective", " + ".join(term_text(term) for term in run.get("loss") or [])),
+            ("optimizer", plugin_text(run.get("optimizer") or {})),
             ("iterations", run.get("iterations")),
             ("seed", run.get("seed")),
             ("strength", record.get("strength")),
             ("conditioning shift", (record.get("effect") or {}).get("conditioning_shift")),
             ("versions", ", ".join(f"{name} {one}" for name, one in (record.get("versions") or {}).items())),
         ]
-        return [(label, shortened(_text(value), 300)) for label, value in rows if value not in (None, "")]
+        return [(label, shortened(value_text(value), 300)) for label, value in rows if value not in (None, "")]
     except (ValueError, TypeError, AttributeError, RecursionError):
         return []
 
 
-def _term(term: Mapping[str, Any]) -> str:
-    return f"{_text(term.get('weight', 1.0))} × {_plugin(term)}"
+def term_text(term: Mapping[str, Any]) -> str:
+    """A term of a recorded objective: `0.5 × name(option=value)`."""
+    return f"{value_text(term.get('weight', 1.0))} × {plugin_text(term)}"
 
 
-def _plugin(record: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{name}={_text(value)}" for name, value in (record.get("options") or {}).items())
+def plugin_text(record: Mapping[str, Any]) -> str:
+    """A recorded plugin: `name(option=value)`."""
+    options = ", ".join(f"{name}={value_text(value)}" for name, value in (record.get("options") or {}).items())
     return f"{record.get('name', '')}({options})" if options else str(record.get("name", ""))
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A recorded value, numbers in few digits."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from lora_forge.output import appearing
+from lora_forge.output import Place, appearing
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -35,7 +35,7 @@ def render(template: str, **values: Any) -> str:
     )
 
 
-def write_page(path: Path, page: str, *, overwrite: bool) -> None:
+def write_page(path: Place, page: str, *, overwrite: bool) -> None:
     """Write a page, which appears whole or not at all. Raises OutputError as `appearing` does."""
     with appearing(path, overwrite=overwrite) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")

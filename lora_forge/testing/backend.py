@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from lora_forge.bank import BankSlot
+from lora_forge.builtin.backends import lora_forge_backends
 from lora_forge.contracts import Backend, BackendRequest, TargetLayer
 from lora_forge.plugins import attribute_named
-from lora_forge.records import NEEDS, BackendSpec, FileLayout
+from lora_forge.records import NEEDS, BackendSpec, FileLayout, Spec
 from lora_forge.testing.backend_adapted import examine_adapted
 from lora_forge.testing.backend_model import Model, Outputs, check_same, compare_rows
 from lora_forge.testing.compare import FIRST_SEED, OTHER_MATES, SECOND_SEED, TOGETHER, listed, not_finite, shape_of
@@ -69,6 +70,7 @@ def _open(book: Book, spec: BackendSpec, make: Callable[[], Callable[..., Any]])
             raise Broken("it names no family: set family = '…', which savers name layers by")
     with book.rule("opens"):
         _check_recognized(spec)
+        _check_claimed(spec, [*lora_forge_backends(), *book.beside])
     layers: list[TargetLayer] = []
     with book.rule("architecture", vital=True):
         layers = _layers(spec, backend.architecture())
@@ -99,6 +101,21 @@ def _check_recognized(spec: BackendSpec) -> None:
             known = False
     if not known:
         raise Broken(f"its `recognizes` says yes to {_NO_MODEL!r}: it would claim every base model, of any family")
+
+
+def _check_claimed(spec: BackendSpec, backends: Sequence[Spec]) -> None:
+    """What the backends that are there say of the tiny model: where two recognize it, neither is taken for it."""
+    for other in backends:
+        if other == spec or not isinstance(other, BackendSpec) or None in (spec.recognizes, other.recognizes):
+            continue
+        claims = False
+        with suppress(Exception, SystemExit):  # an error is a no with a reason
+            claims = bool(attribute_named(other.recognizes or "")(spec.tiny))
+        if claims:
+            raise Broken(
+                f"its tiny model {spec.tiny!r} is recognized by backend {other.name!r} too, so that neither is taken "
+                "for it: give the tiny model another name, and have `recognizes` ask for what this family alone has"
+            )
 
 
 def _layers(spec: BackendSpec, architecture: Any) -> list[TargetLayer]:

@@ -6,7 +6,9 @@ import math
 
 import torch
 
+from lora_forge.errors import ModelError
 from lora_forge.objective import backward
+from lora_forge.preview.adapter import check_bare
 from lora_forge.reach import Reach
 from lora_forge.testing.backend_model import Model, Outputs, check_same, compare_rows
 from lora_forge.testing.compare import OTHER_MATES, TOGETHER, listed, relative, same_bits
@@ -48,6 +50,26 @@ def examine_adapted(book: Book, model: Model, frozen: Outputs) -> None:
         lines = model.backend.usage(_FILE, "a steampunk owl")
         if not isinstance(lines, str) or _FILE not in lines:
             raise Broken(f"usage() does not mention the file it is given, {_FILE!r}: {lines!r}")
+    with book.rule("pipeline"):
+        model.backend.release()
+        _check_pipeline(model)
+
+
+def _check_pipeline(model: Model) -> None:
+    try:
+        pipeline = model.backend.pipeline()
+    except NotImplementedError:
+        return
+    missing = [name for name in model.spec.components if not isinstance(getattr(pipeline, name, None), torch.nn.Module)]
+    if missing or not callable(pipeline):
+        what = f"without {listed(missing, 9)}" if missing else "that cannot be called"
+        raise Broken(
+            f"pipeline() gives a {type(pipeline).__name__} {what}; give a whole one, or raise NotImplementedError"
+        )
+    try:
+        check_bare(pipeline)
+    except ModelError as error:
+        raise Broken(f"no LoRA can be loaded into what pipeline() gives: {error}") from error
 
 
 def _types(module: torch.nn.Module) -> dict[str, type]:

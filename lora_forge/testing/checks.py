@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -51,13 +51,14 @@ def check_backend(spec: BackendSpec, options: Any | None = None) -> None:
     _check(BackendSpec, spec, options)
 
 
-def examine(spec: Spec, options: Any | None = None) -> Examination:
+def examine(spec: Spec, options: Any | None = None, *, beside: Iterable[Spec] = ()) -> Examination:
     """Examine a plugin of any kind. What it raises is a finding; nothing of it ends the examination unsaid.
 
+    beside: the others that are there, such as backends that may claim the same base models; those that ship always are.
     Raises UsageError for options that are missing, or of another type than the spec's.
     """
     kind = _kind(spec)
-    book = Book(kind)
+    book = Book(kind, tuple(beside))
     try:
         with book.rule("record", vital=True):
             _check_record(spec)
@@ -103,10 +104,8 @@ def _check_record(spec: Spec) -> None:
         check_spec(spec, spec_type, hook)
     except PluginError as error:
         raise Broken(str(error).removeprefix(f"{hook} yields ").removeprefix(f"{spec.name}: ")) from error
-    if isinstance(spec, SaverSpec) and not (spec.suffix.startswith(".") and spec.suffix[1:].strip(" .")):
-        raise Broken(
-            f"suffix {spec.suffix!r} is no ending of a file name; it starts with a dot, such as '.safetensors'"
-        )
+    if isinstance(spec, SaverSpec):
+        _check_suffix(spec)
 
 
 def _require_options(spec: Spec, options: Any) -> None:
@@ -169,3 +168,13 @@ def _check_builds(make: Make) -> None:
         raise Broken(f"the factory cannot be built: {in_words(cause) if cause else error}") from error
     if not callable(made):
         raise Broken(f"the factory gives a {type(made).__name__}, which cannot be called")
+
+
+def _check_suffix(spec: SaverSpec) -> None:
+    ending = spec.suffix.startswith(".") and spec.suffix[1:].strip(" .")
+    if spec.folder and (spec.suffix == SaverSpec.suffix or not (ending or not spec.suffix)):
+        raise Broken(f"suffix {spec.suffix!r} of a folder; suffix='' names it as it is given")
+    if not spec.folder and not ending:
+        raise Broken(
+            f"suffix {spec.suffix!r} is no ending of a file name; it starts with a dot, such as '.safetensors'"
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 from traceback import walk_tb
 
 from lora_forge.errors import LoraForgeError
+from lora_forge.records import Spec
 from lora_forge.testing.rules import RULES
 
 # A plugin's error is shown with the place in the plugin where it came from: none of these.
@@ -69,10 +70,16 @@ class Halt(Exception):
 
 @dataclass
 class Book:
-    """Takes down what an examination checks and finds."""
+    """Takes down what an examination checks and finds.
+
+    beside: specs of other plugins of the kind that are there too. raised: rules whose check an error of the plugin cut
+    short, so that they were not checked.
+    """
 
     kind: str
+    beside: tuple[Spec, ...] = ()
     checked: dict[str, None] = field(default_factory=dict)
+    raised: set[str] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
 
     @contextmanager
@@ -92,11 +99,14 @@ class Book:
         except (Exception, SystemExit) as error:
             when = "" if name == "runs" else f", when this was checked: {RULES[self.kind][name]}"
             self.findings.append(Finding("runs", f"it raised {in_words(error)}{when}"))
+            self.raised.add(name)
         self.checked[name] = None
         if vital and len(self.findings) > before:
             raise Halt
 
     def examination(self, name: str) -> Examination:
+        broken = {one.rule for one in self.findings}
+        self.checked = {name: None for name in self.checked if name in broken or name not in self.raised}
         self.checked["runs"] = None
         order = list(RULES[self.kind])
         checked = tuple(sorted(self.checked, key=order.index))

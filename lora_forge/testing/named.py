@@ -23,4 +23,5 @@ def examine_named(registry: Registry, name: str, kind: str | None, options: Mapp
     ]
     if problems := [problem for _, _, own in found for problem in own]:
         raise ConfigError("", problems)
-    return (examine(spec, parsed) for spec, parsed, _ in found)
+    others = {kind: [one.spec for one in supplied] for kind, supplied in registry.supplied.items()}
+    return (examine(spec, parsed, beside=others[spec.kind]) for spec, parsed, _ in found)

@@ -53,7 +53,7 @@ RULES: dict[str, dict[str, str]] = {
     | _LAST,
     "saver": _FIRST
     | {
-        "one_file": "it writes the file it was given, and no other",
+        "one_file": "it writes the file, or fills the folder, it was given, and no other",
         "immutable": "it changes neither the weights nor the metadata",
         "reader": "its file can be read: as lora-forge's own, or by the `reader` it names",
         "gives_back": "the file gives back ΔW = alpha / rank · B @ A of every layer, whatever the model family",
@@ -80,6 +80,7 @@ RULES: dict[str, dict[str, str]] = {
         "reaches": "the gradient reaches exactly the components that `reaches` declares for each need",
         "release": "release() leaves the model as it was found",
         "usage": "usage() shows how to load the saved file",
+        "pipeline": "pipeline() gives a diffusers pipeline of the whole model, without a LoRA in it, or there is none",
     }
     | _LAST,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -73,21 +74,28 @@ class _Exam:
         return [self.request(where, weights) for where, weights in named.items()]
 
     def save(self, request: SaveRequest) -> None:
-        """Have it written as a run does: to a file that exists already and is empty."""
+        """Have it written as a run does: to a file, or folder, that exists already and is empty."""
         request.path.parent.mkdir(parents=True, exist_ok=True)
-        request.path.touch()
+        if self.spec.folder:
+            shutil.rmtree(request.path, ignore_errors=True)
+            request.path.mkdir()
+        else:
+            request.path.touch()
         beside = {path.name for path in request.path.parent.iterdir()}
         self.make()(request)
-        if not request.path.is_file():
+        kind = "folder" if self.spec.folder else "file"
+        if not (request.path.is_dir() if self.spec.folder else request.path.is_file()):
             raise Broken(
-                f"the file it was given, request.path, is gone after it; write {request.path.name} and leave it"
+                f"the {kind} it was given, request.path, is gone after it; write {request.path.name} and leave it"
             )
         others = sorted({path.name for path in request.path.parent.iterdir()} - beside)
         wrote = f"it wrote {listed(others)} beside it: " if others else ""
-        if not request.path.stat().st_size:
-            raise Broken(f"it wrote nothing to the file it was given; {wrote}write to request.path as it is, no suffix")
+        if not any(_content(request.path).values()):
+            raise Broken(
+                f"it wrote nothing to the {kind} it was given; {wrote}write to request.path as it is, no suffix"
+            )
         if others:
-            raise Broken(f"{wrote}a run keeps one file, request.path, and leaves the others lying about")
+            raise Broken(f"{wrote}a run keeps one {kind}, request.path, and leaves the others lying about")
 
     def check_immutable(self) -> None:
         weights = _weights(some_layers())
@@ -170,7 +178,7 @@ class _Exam:
         for where in ("again", "elsewhere/deeper", "third"):
             again = replace(request, path=self.folder / where / f"other{self.spec.suffix}")
             self.save(again)
-            if again.path.read_bytes() != request.path.read_bytes():
+            if _content(again.path) != _content(request.path):
                 raise Broken(
                     "the same request written to another path gives other bytes; leave out dates, paths and whatever "
                     "has no order (safetensors' own metadata: lora_forge.files.canonical.write_safetensors sorts it)"
@@ -187,11 +195,21 @@ class _Exam:
         self.check_gives_back(request)
 
 
+def _content(path: Path) -> dict[str, bytes]:
+    """A file's bytes, or those of every file in a folder."""
+    if not path.is_dir():
+        return {"": path.read_bytes()}
+    return {one.relative_to(path).as_posix(): one.read_bytes() for one in path.rglob("*") if one.is_file()}
+
+
 def _check_names(request: SaveRequest) -> None:
     """lora-forge reads other spellings than it writes; the family's own readers may not. Raises LoraFileError."""
     keys = [(component, layer) for component, layers in request.weights.items() for layer in layers]
     known = own_names(keys, request.layout)
-    for layer in open_lora(request.path).layers:
+    lora = open_lora(request.path)
+    if lora.format == "peft":  # layers are called as the library installed calls them
+        return
+    for layer in lora.layers:
         if layer.name not in known and (layer.component, layer.layer) in keys:
             raise LoraFileError(f"{layer.name!r} is no name that such a LoRA's readers know")
 

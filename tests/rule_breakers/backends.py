@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -274,6 +275,22 @@ class NoUsage(ToyBackend):
         return "load the file"
 
 
+class HalfAPipeline(ToyBackend):
+    def pipeline(self) -> Any:
+        return SimpleNamespace(small=nn.Linear(1, 1), large=nn.Linear(1, 1))
+
+
+class PipelineOfItsOwn(ToyBackend):
+    def pipeline(self) -> Any:
+        return _Draws()
+
+
+class _Draws:
+    small, large, denoiser = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def __call__(self, prompt: str) -> None: ...
+
+
 class Raises(ToyBackend):
     def check_files(self, components: Collection[str]) -> None:
         raise ValueError("no files here")
@@ -367,5 +384,9 @@ BREAKERS = [
     breaker("leaves a change", LeavesChange, "release", "after release() and load()", "of small"),
     breaker("thaws the model", Thaws, "release", "predicted noise has a gradient", "unfrozen"),
     breaker("shows no use", NoUsage, "usage", "my lora.safetensors", "load the file"),
+    breaker(
+        "gives half a pipeline", HalfAPipeline, "pipeline", "a SimpleNamespace without denoiser", "NotImplementedError"
+    ),
+    breaker("gives a pipeline that takes no LoRA", PipelineOfItsOwn, "pipeline", "_Draws", "load_lora_weights"),
     breaker("raises", Raises, "runs", "ValueError: no files here", "backends.py, line"),
 ]

@@ -4,7 +4,11 @@
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
   // Charts: a figure element holds one figure as JSON for each view of it, drawn in the page's own colours.
-  const draw = (plot, figure) => {
+  const themed = (json) => JSON.parse(json, (key, value) => (
+    /color$/.test(key) && /^var\(--[\w-]+\)$/.test(value) ? colour(value.slice(4, -1)) : value
+  ));
+  const draw = (plot, json) => {
+    const figure = themed(json);
     const ink = colour("--ink");
     const layout = {
       ...figure.layout, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
@@ -15,15 +19,18 @@
     Plotly.react(plot, figure.data, layout, { responsive: true, displayModeBar: false });
   };
   const charts = [...document.querySelectorAll(".chart")].map((chart) => {
-    const views = [...chart.querySelectorAll("script")].map((one) => [one.dataset.label, JSON.parse(one.textContent)]);
+    const views = [...chart.querySelectorAll("script")].map((one) => [one.dataset.label, one.textContent]);
     const plot = chart.querySelector(".plot");
     let shown = 0;
+    const group = document.createElement("span");
+    group.className = "views";
+    chart.querySelector("figcaption").append(group);
     const buttons = views.length < 2 ? [] : views.map(([label], number) => {
       const button = document.createElement("button");
       button.type = "button";
       button.textContent = label;
       button.addEventListener("click", () => { shown = number; show(); });
-      chart.querySelector("figcaption").append(button);
+      group.append(button);
       return button;
     });
     const show = () => {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __lora_forge_api__ = 1
@@ -59,10 +60,17 @@ class MlflowLog:
         try:
             self._add(summary(event.result), event.run.iterations)
             self._send()
-            if event.result.path:
-                self._client.log_artifact(self._id, str(event.result.path))
+            self._log_file(event.result.path)
         finally:
             self._client.set_terminated(self._id, "FINISHED")
+
+    def _log_file(self, path: object) -> None:
+        """A file, a folder of PEFT's, or of what is at a URL the address."""
+        if isinstance(path, Path):
+            log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+            log(self._id, str(path))
+        elif path is not None:
+            self._client.set_tag(self._id, "lora_forge.file", _cut(str(path), LONGEST_TAG))
 
     def fail(self, event: RunFailure) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __lora_forge_api__ = 1
@@ -56,8 +57,13 @@ class WandbLog:
         from wandb import Artifact
 
         artifact = Artifact(f"lora-{event.run.id}", type="lora")
-        # By reference to where it is: neither the staging area nor the cache gets a copy.
-        artifact.add_file(str(event.result.path), policy="immutable", skip_cache=True)
+        path = event.result.path
+        if isinstance(path, Path):
+            # By reference to where it is: neither the staging area nor the cache gets a copy.
+            add = artifact.add_dir if path.is_dir() else artifact.add_file
+            add(str(path), policy="immutable", skip_cache=True)
+        else:
+            artifact.add_reference(str(path), name=path.name, checksum=False)
         self._run.log_artifact(artifact)
 
 

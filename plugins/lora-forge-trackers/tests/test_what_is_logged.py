@@ -147,3 +147,19 @@ def test_a_run_goes_by_its_prompt_and_its_batch(done: tuple[Path, RunResult]) ->
     assert (wandb.about["project"], wandb.about["run_group"]) == ("lora-forge", result.run.batch_id)
     assert wandb.about["artifact"].name == f"lora-{result.run.id}"
     assert wandb.about["artifact"].type == "lora"
+
+
+@pytest.mark.parametrize("output", ["owl", "memory://bucket/owl"])
+def test_a_folder_and_a_url_are_logged_as_what_they_are(room: Room, output: str) -> None:
+    folder = room(output.replace("/", "_"))
+    saver = "safetensors" if "://" in output else "peft"
+    place = output if "://" in output else folder / output
+    result = lora_forge.run("an owl", "tiny_sdxl", output=place, saver=saver, overwrite=True, iterations=1)
+    assert [warning for warning in result.warnings if "trackers" in warning] == []
+    (mlflow,), (wandb,) = (read(tracker, folder) for tracker in ("mlflow", "wandb"))
+    if saver == "peft":
+        assert [path.name for path in mlflow.files] == ["text_encoder", "text_encoder_2", "unet"]
+        assert len(wandb.files) == 6
+    else:
+        assert wandb.about["artifact"].name == f"lora-{result.run.id}"
+        assert mlflow.files == []
