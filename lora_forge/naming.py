@@ -54,8 +54,8 @@ def name_files(
     stem, given = _split(output, first)
     names = [given, *(f"{stem}.{one.name}{one.suffix}" for one in others)]
     # Its readers look for it beside the file that they read.
-    read = next((name for name, one in zip(names, savers, strict=True) if one.name == DEFAULT_SAVER), None)
-    noted = f"{stem if read in (None, given) else Path(read or '').stem}.json"
+    read = next((name for name, one in zip(names, savers, strict=True) if one.name == DEFAULT_SAVER), given)
+    noted = f"{stem if read == given else Path(read).stem}.json"
     files = OutputFiles(
         saved=tuple((output.with_name(name), one.folder) for name, one in zip(names, savers, strict=True)),
         sidecar=output.with_name(noted) if sidecar else None,

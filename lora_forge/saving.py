@@ -139,12 +139,12 @@ def write_report(
     plan: Plan, request: Request, result: RunResult, tokens: Sequence[TokenShift], preview: RunPreview | None
 ) -> RunResult:
     """Write the run's page beside its LoRA, if it was asked for; the result that names it too."""
-    from lora_forge.pages.page import write_page
-    from lora_forge.pages.run_page import run_page
-
     page = plan.files(request.output).report if request.output else None
     if page is None:
         return result
+    from lora_forge.pages.page import write_page
+    from lora_forge.pages.run_page import run_page
+
     named = replace(result, files=(*result.files, page))
     try:
         write_page(page, run_page(named, tokens, preview.grid if preview else None), overwrite=plan.config.overwrite)

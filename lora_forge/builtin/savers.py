@@ -9,7 +9,7 @@ from lora_forge import SaverSpec, hookimpl
 from lora_forge.contracts import SaveReport, SaveRequest
 from lora_forge.errors import LoraForgeError
 from lora_forge.files.formats import lay_out, write_format
-from lora_forge.files.layer_tensors import LayerTensors
+from lora_forge.files.layer_tensors import layers_of
 from lora_forge.files.names import file_stem
 
 
@@ -34,11 +34,7 @@ def peft(request: SaveRequest) -> SaveReport:
 
 
 def _save(request: SaveRequest, format: str) -> SaveReport:
-    layers = {
-        (component, layer): LayerTensors(pair["lora_A"], pair["lora_B"], request.alpha)
-        for component, layers in request.weights.items()
-        for layer, pair in layers.items()
-    }
+    layers = layers_of(request.weights, request.alpha)
     laid = lay_out(layers, format)
     write_format(request.path, format, laid.layers, request.layout, _metadata(request))
     half = any(one.up.dtype.itemsize < 4 for one in layers.values())

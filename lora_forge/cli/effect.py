@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_forge.cli.answer import json_alone
-from lora_forge.cli.on_model import check_text, checked_config, drawn, model_options, progress, training_prompt
+from lora_forge.cli.on_model import check_text, checked_config, model_options, progress, training_prompt
 from lora_forge.cli.registry import open_registry
 from lora_forge.errors import UsageError, printable
 
@@ -166,7 +166,7 @@ def _prompts(file: Path, run: Any, given: dict[str, Any]) -> list[Prompt]:
 
 def _drawn(given: dict[str, Any], *, but: set[str]) -> list[str]:
     """Control prompts drawn without replacement; the same for the same seed and list."""
-    from lora_forge.effect.control_prompts import CONTROL_PROMPTS
+    from lora_forge.effect.control_prompts import CONTROL_PROMPTS, drawn
 
     path, number = given["controls_file"], given["drawn"]
     pool = [one for one in (_lines(path) if path else CONTROL_PROMPTS) if one not in but]

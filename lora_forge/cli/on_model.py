@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,11 +76,6 @@ def check_text(role: str, *texts: str | None) -> None:
     for words in texts:
         if words is not None and (not words.strip() or any("\ud800" <= letter <= "\udfff" for letter in words)):
             raise UsageError(f"the {role} prompt {'is not valid Unicode' if words.strip() else 'is blank'}: {words!r}")
-
-
-def drawn(prompts: Sequence[str], number: int, seed: int) -> list[str]:
-    """Up to `number` of these, without replacement; the same for the same seed and prompts."""
-    return random.Random(seed).sample(prompts, min(number, len(prompts)))
 
 
 @contextmanager

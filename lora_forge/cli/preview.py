@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_forge.cli.answer import json_alone
-from lora_forge.cli.on_model import check_text, checked_config, drawn, model_options, progress, training_prompt
+from lora_forge.cli.on_model import check_text, checked_config, model_options, progress, training_prompt
 from lora_forge.cli.registry import open_registry
 from lora_forge.errors import ModelError, OutputError, UsageError, blaming, printable
 
@@ -179,7 +179,7 @@ def _checked(given: dict[str, Any]) -> RunConfig:
 
 def _prompts(file: Path, run: Mapping[str, Any], given: dict[str, Any]) -> list[Prompt]:
     """The training prompt first, then the control prompts."""
-    from lora_forge.effect.control_prompts import CONTROL_PROMPTS
+    from lora_forge.effect.control_prompts import CONTROL_PROMPTS, drawn
     from lora_forge.effect.of_file import Prompt
 
     training = training_prompt(file, run, given["prompt"], given["prompt_2"])
@@ -193,8 +193,8 @@ def _prompts(file: Path, run: Mapping[str, Any], given: dict[str, Any]) -> list[
 def _rendered(
     lora: LoraFile, base: FileBase, prompts: Sequence[Prompt], config: RunConfig, given: dict[str, Any]
 ) -> tuple[Preview, list[str]]:
-    from lora_forge.files.formats import diffusers_tensors, lay_out
     from lora_forge.model import resolve_device
+    from lora_forge.preview.adapter import adapter_tensors
     from lora_forge.preview.file_layers import read_model_layers
     from lora_forge.preview.placement import place
     from lora_forge.preview.render import render_preview
@@ -205,8 +205,7 @@ def _rendered(
         backend.check_files(base.spec.components)
         layers = read_model_layers(lora, base.spec, backend.architecture())
         notes = list(_cut(backend, base.spec.encoders, prompts))
-        moving = {key: one for key, one in layers.items() if bool(one.up.any())}  # others take time, and change nothing
-        tensors = diffusers_tensors(lay_out(moving or layers, "diffusers").layers)
+        tensors = adapter_tensors(layers)
         try:
             pipeline = backend.pipeline()
         except NotImplementedError as error:

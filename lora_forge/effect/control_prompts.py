@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 CONTROL_PROMPTS: tuple[str, ...] = (
     "a bowl of ripe cherries on a checked tablecloth",
     "an empty railway platform at night in the rain",
@@ -68,3 +71,8 @@ CONTROL_PROMPTS: tuple[str, ...] = (
     "an abandoned swimming pool overgrown with ivy",
     "a bride throwing her bouquet",
 )
+
+
+def drawn(prompts: Sequence[str], number: int, seed: int) -> list[str]:
+    """Up to `number` of these, without replacement; the same for the same seed and prompts."""
+    return random.Random(seed).sample(prompts, min(number, len(prompts)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_forge.contracts import LayerKey
+from lora_forge.contracts import LayerKey, LoraWeights
 from lora_forge.errors import LoraFileError, printable
 from lora_forge.files.arrays import layer_alpha, read_bytes
 from lora_forge.files.lora_file import FileLayer, LoraFile, Part
@@ -45,6 +45,15 @@ class LayerTensors:
 
 
 Layers = dict[LayerKey, LayerTensors]
+
+
+def layers_of(weights: LoraWeights, alpha: float) -> Layers:
+    """One prompt's LoRA weights as layers, with the tensors they are."""
+    return {
+        (component, layer): LayerTensors(pair["lora_A"], pair["lora_B"], alpha)
+        for component, own in weights.items()
+        for layer, pair in own.items()
+    }
 
 
 def read_layers(lora: LoraFile, *, drop_unknown: bool = False) -> tuple[Layers, tuple[str, ...]]:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lora_forge.errors import LoraFileError, ModelError
-from lora_forge.files.layer_tensors import named_keys
+from lora_forge.files.formats import diffusers_tensors, lay_out
+from lora_forge.files.layer_tensors import Layers, named_keys
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 
 ADAPTER = "lora_forge_preview"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def adapter_tensors(layers: Layers) -> dict[str, torch.Tensor]:
+    """What diffusers loads of these layers: its own spelling, without those of zeros unless all are."""
+    moving = {key: one for key, one in layers.items() if bool(one.up.any())}  # others take time, and change nothing
+    return diffusers_tensors(lay_out(moving or layers, "diffusers").layers)
 
 
 def check_bare(pipeline: Any) -> None:

@@ -6,18 +6,17 @@ import base64
 import gc
 import io
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_forge.contracts import LoraWeights
-from lora_forge.effect.control_prompts import CONTROL_PROMPTS
+from lora_forge.effect.control_prompts import CONTROL_PROMPTS, drawn
 from lora_forge.effect.of_file import Prompt
 from lora_forge.errors import LoraForgeError, blaming
-from lora_forge.files.formats import diffusers_tensors, lay_out
-from lora_forge.files.layer_tensors import LayerTensors
+from lora_forge.files.layer_tensors import layers_of
 from lora_forge.model import LoadedModel
 from lora_forge.plan import IN_MEMORY, Plan, Request
+from lora_forge.preview.adapter import adapter_tensors
 from lora_forge.preview.grid import grid, thumbnail
 from lora_forge.preview.placement import place
 from lora_forge.preview.render import render_preview
@@ -67,17 +66,10 @@ def preview_run(
 
 
 def _preview(plan: Plan, request: Request, weights: LoraWeights, pipeline: object) -> RunPreview:
-    layers = {
-        (component, layer): LayerTensors(pair["lora_A"], pair["lora_B"], plan.alpha)
-        for component, own in weights.items()
-        for layer, pair in own.items()
-    }
-    moving = {key: one for key, one in layers.items() if bool(one.up.any())}  # others take time, and change nothing
-    drawn = random.Random(request.seed).sample([one for one in CONTROL_PROMPTS if one != request.prompt], _CONTROLS)
-    prompts = [Prompt("training", request.prompt, request.prompt_2), *(Prompt("control", one) for one in drawn)]
-    preview = render_preview(
-        pipeline, diffusers_tensors(lay_out(moving or layers, "diffusers").layers), prompts, seeds=(request.seed,)
-    )
+    controls = drawn([one for one in CONTROL_PROMPTS if one != request.prompt], _CONTROLS, request.seed)
+    prompts = [Prompt("training", request.prompt, request.prompt_2), *(Prompt("control", one) for one in controls)]
+    tensors = adapter_tensors(layers_of(weights, plan.alpha))
+    preview = render_preview(pipeline, tensors, prompts, seeds=(request.seed,))
     picture = io.BytesIO()
     grid(preview).save(picture, "PNG")
     with_lora = next(one for one in preview.pictures if one.strength == preview.strengths[-1])
