@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lora_forge.hookspecs import hookimpl as hookimpl
     from lora_forge.records import BackendSpec as BackendSpec
+    from lora_forge.records import ExecutorSpec as ExecutorSpec
     from lora_forge.records import FileLayout as FileLayout
     from lora_forge.records import InitializerSpec as InitializerSpec
     from lora_forge.records import LossSpec as LossSpec
@@ -30,6 +31,7 @@ _HOMES = {
     "OptimizerSpec": "records",
     "SaverSpec": "records",
     "BackendSpec": "records",
+    "ExecutorSpec": "records",
     "FileLayout": "records",
     "RunResult": "result",
     "Session": "session",

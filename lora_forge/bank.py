@@ -19,6 +19,8 @@ from torch import nn
 from lora_forge.contracts import LayerKey, LoraWeights, TargetLayer
 from lora_forge.errors import ModelError
 
+CACHED_NUMBERS = 2**17  # what a CPU does number by number, it does fastest while they are in its caches
+
 
 class Pair(NamedTuple):
     """One layer's matrices: A `(prompts, rank, in)`, B `(prompts, out, rank)`, leaves with gradients."""
@@ -92,8 +94,11 @@ class Bank:
             raise ModelError("initial weights are not finite")
 
     def zero_gradient(self) -> None:
-        """Clear the gradient, and put it back in place should an optimizer have taken it away."""
+        """Clear the gradient."""
         self._gradient.zero_()
+
+    def attach_gradient(self) -> None:
+        """Put the gradient back in place, should an optimizer have taken it away."""
         self.parameter.grad = self._gradient
         for row, gradient in self._rows:
             row.grad = gradient
@@ -109,12 +114,12 @@ class Bank:
 
     def l2(self, strength: float) -> torch.Tensor:
         """L2 of each prompt, shape `(prompts,)`."""
-        return strength * self.parameter.detach().square().sum(dim=1)
+        return strength * _sum_of_squares(self.parameter.detach())
 
     def gradient_norms(self) -> dict[str, torch.Tensor]:
         """Euclidean norm of each component's gradient as it is now, `(prompts,)`."""
         return {
-            component: torch.stack([self._gradient[:, a:b].norm(dim=1) for a, b in columns]).norm(dim=0)
+            component: torch.stack([_sum_of_squares(self._gradient[:, a:b]) for a, b in columns]).sum(dim=0).sqrt()
             for component, columns in self._columns.items()
         }
 
@@ -154,6 +159,17 @@ class Bank:
                 squared = ((a @ a.transpose(1, 2)) * (b.transpose(1, 2) @ b)).sum(dim=(1, 2))
                 norms[key] = self.scale * squared.clamp_min(0).sqrt()
         return norms
+
+
+def _sum_of_squares(numbers: torch.Tensor) -> torch.Tensor:
+    """Of each row of `(prompts, numbers)`; on a CPU by pieces that stay in its caches."""
+    if numbers.device.type != "cpu":
+        return numbers.square().sum(dim=1)
+    sums, square = torch.zeros(len(numbers)), torch.empty(min(CACHED_NUMBERS, numbers.shape[1]))
+    for row, total in zip(numbers, sums, strict=True):
+        for piece in row.split(CACHED_NUMBERS):
+            total += torch.square(piece, out=square[: len(piece)]).sum()
+    return sums
 
 
 class BankSlot:
@@ -196,9 +212,47 @@ class BankLinear(nn.Module):
         if bank is None or not self.slot.active:
             return result
         lora_a, lora_b = bank.pairs[self.key]
-        rows = hidden.reshape(bank.prompts, -1, hidden.shape[-1]).float()
-        delta = torch.bmm(torch.bmm(rows, lora_a.transpose(1, 2)), lora_b.transpose(1, 2)) * bank.scale
-        return (result + delta.view(result.shape)).to(result.dtype)
+        adapted: torch.Tensor = _AddLowRank.apply(result, hidden, lora_a, lora_b, bank.scale)  # type: ignore[no-untyped-call]
+        return adapted
+
+
+class _AddLowRank(torch.autograd.Function):
+    """result + scale · B A x of each prompt: one node of the graph, which keeps x in its own dtype, instead of ten.
+
+    result `(prompts · k, …, out)`, hidden `(prompts · k, …, in)`, A `(prompts, rank, in)`, B `(prompts, out, rank)`.
+    On a CPU gradients with rank rows are made two to three times as fast as the same ones with rank columns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, result: torch.Tensor, hidden: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        inner = torch.bmm(_rows(hidden, lora_a), lora_a.transpose(1, 2))  # as PEFT has it, down to the rounding
+        ctx.save_for_backward(hidden, lora_a, lora_b)
+        ctx.inner, ctx.scale = inner, scale
+        total = torch.empty_like(result, dtype=torch.float32, memory_format=torch.contiguous_format)
+        before, after = _rows(result, lora_b), _rows(total, lora_b)
+        torch.baddbmm(before, inner, lora_b.transpose(1, 2), alpha=scale, out=after)
+        return total.to(result.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        hidden, lora_a, lora_b = ctx.saved_tensors
+        gradient, rows = _rows(gradients[0], lora_b), _rows(hidden, lora_a)
+        # Where the gradient is to be differentiated in turn, `inner` has to be part of its graph.
+        inner = torch.bmm(rows, lora_a.transpose(1, 2)) if torch.is_grad_enabled() else ctx.inner
+        of_b = torch.bmm((inner * ctx.scale).transpose(1, 2), gradient).transpose(1, 2)
+        of_inner = torch.bmm(lora_b.transpose(1, 2), gradient.transpose(1, 2)) * ctx.scale
+        of_a = torch.bmm(of_inner, rows)
+        of_hidden = None
+        if ctx.needs_input_grad[1]:
+            of_hidden = torch.bmm(of_inner.transpose(1, 2), lora_a).view(hidden.shape).to(hidden.dtype)
+        return gradients[0], of_hidden, of_a, of_b, None
+
+
+def _rows(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(prompts, rows of each, width)`, float32; as many prompts as `like` has."""
+    return tensor.reshape(len(like), -1, tensor.shape[-1]).float()
 
 
 def inject(model: nn.Module, names: Mapping[str, LayerKey], rank: int, alpha: float, slot: BankSlot) -> Any:

@@ -7,7 +7,7 @@ what the loss declares it needs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,6 +34,8 @@ class ModelView:
     """Runs the adapted and the frozen model on texts, and remembers what it has run.
 
     texts: for each encoder in use, one text per prompt. seeds: one per prompt. step counts `begin_step`.
+    content_only: whether nothing in a step reads beyond a text's end. Then, if the encoders are causal, a step runs
+    them on no more tokens than the longest of the texts it asks for has; outside the step loop always on all.
     """
 
     def __init__(
@@ -42,25 +44,42 @@ class ModelView:
         self.backend, self.slot = backend, slot
         self.seeds, self.device = tuple(seeds), device
         self.step = 0
+        self.content_only = False
+        self._cut = False  # whether the outputs of the moment end with the texts
         self.encoders = tuple(texts)
         self.texts: Texts = tuple((encoder, tuple(rows)) for encoder, rows in texts.items())
         self.prompts = len(self.seeds)
         self._tokens: dict[tuple[str, tuple[str, ...]], Tokens] = {}
-        self._adapted: dict[tuple[Texts, bool], dict[str, EncoderOutput]] = {}
-        self._frozen: dict[tuple[Texts, bool], dict[str, EncoderOutput]] = {}
+        self._lengths: dict[Texts, int] = {}
+        self._adapted: dict[tuple[Texts, bool, bool], dict[str, EncoderOutput]] = {}
+        self._frozen: dict[tuple[Texts, bool, bool], dict[str, EncoderOutput]] = {}
 
     def begin_step(self) -> None:
         """Forget what the adapted model said; its weights have moved."""
         self._adapted.clear()
         self.step += 1
+        self._cut = self.content_only and getattr(self.backend, "causal", False)
 
     def begin_evaluation(self) -> None:
         """As `begin_step`, outside the step loop: losses see the first step's noise again."""
         self._adapted.clear()
         self.step = 1
+        self._cut = False
 
     def tokens(self, texts: Texts) -> dict[str, Tokens]:
-        """Tokens per encoder, `(prompts, length)`, on the model's device."""
+        """Tokens per encoder, `(prompts, length)`, on the model's device: as many as the outputs have."""
+        tokens = self._all_tokens(texts)
+        if not self._cut:
+            return tokens
+        if texts not in self._lengths:  # read off the device once, not at every step
+            self._lengths[texts] = _length(tokens.values())
+        length = self._lengths[texts]
+        return {
+            encoder: replace(one, input_ids=one.input_ids[:, :length], attention_mask=one.attention_mask[:, :length])
+            for encoder, one in tokens.items()
+        }
+
+    def _all_tokens(self, texts: Texts) -> dict[str, Tokens]:
         for encoder, rows in texts:
             if (encoder, rows) not in self._tokens:
                 tokens = self.backend.tokenize(encoder, rows)
@@ -73,29 +92,36 @@ class ModelView:
 
     def cut_texts(self) -> list[list[str]]:
         """Per prompt, the ends of its texts that the model does not read."""
-        tokens = self.tokens(self.texts).values()
+        tokens = self._all_tokens(self.texts).values()
         return [sorted({one.cut[row] for one in tokens} - {""}) for row in range(self.prompts)]
 
     def outputs(self, texts: Texts, *, adapted: bool, masked: bool) -> dict[str, EncoderOutput]:
         """Outputs per encoder, each `(prompts, …)` float32; run once per step (adapted) or per run (frozen)."""
         cache = self._adapted if adapted else self._frozen
-        if (texts, masked) not in cache:
+        key = (texts, masked and not self._cut, self._cut)  # up to a text's end, masks change nothing
+        if key not in cache:
             if adapted:
-                cache[texts, masked] = self._run(texts, masked)
+                cache[key] = self._run(texts, key[1])
             else:
                 with torch.no_grad(), self.slot.frozen():
-                    cache[texts, masked] = self._run(texts, masked)
-        return cache[texts, masked]
+                    cache[key] = self._run(texts, key[1])
+        return cache[key]
 
     def _run(self, texts: Texts, masked: bool) -> dict[str, EncoderOutput]:
         tokens = self.tokens(texts)
         return {encoder: self.backend.encode(encoder, tokens[encoder], masked=masked) for encoder in tokens}
 
 
+def _length(tokens: Iterable[Tokens]) -> int:
+    """Up to the end of the longest text, of all encoders: their outputs are joined position by position."""
+    return max(int(one.attention_mask.any(dim=0).nonzero().max()) + 1 for one in tokens)
+
+
 class Batch:
     """The batch as one loss sees it: `prompts` prompts, each with LoRA weights of its own.
 
-    All outputs are float32 with a leading prompts dimension.
+    All outputs are float32 with a leading prompts dimension. `length` below is the encoder's, or where all losses of
+    the run read the content's tokens only (`LossSpec.tokens`), that of the longest of the texts asked for.
     """
 
     def __init__(self, view: ModelView, needs: Collection[str], loss: str) -> None:

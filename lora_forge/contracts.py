@@ -157,6 +157,48 @@ class BackendRequest:
     pipeline: Any = None
 
 
+class Worker(Protocol):
+    """Makes the LoRAs of tasks, with a model that it loads once, for the first of them.
+
+    A task is one batch of prompts. Tasks, what `train` gives, and outcomes are the job's own: an executor passes them
+    on. Tasks and outcomes can be pickled; what `train` gives cannot, and stays in its process.
+    """
+
+    def train(self, task: Any, /) -> Any:
+        """Train a task's prompts. One at a time, and always on the same thread."""
+
+    def save(self, trained: Any, /) -> Any:
+        """Write what `train` gave; the task's outcome. May run on another thread while `train` has the next task."""
+
+    def close(self) -> None:
+        """Let go of the model, on the thread of `train`, once all is saved."""
+
+
+@dataclass(frozen=True)
+class ExecutorRequest:
+    """What an executor is given.
+
+    make_worker: makes a worker in the process that calls it; can be pickled. Each process has one worker at most.
+    tasks: what is to be done, in any order, each once; one that was lost with its worker may be done again, and gives
+        the same files.
+    report: to be called, in the process and on any one thread at a time, with the outcome of each task as soon as it
+        is there.
+    threads: how many CPU threads torch is to use in each worker's process. The worker sees to it; it is said here for
+        executors that reserve processors. What is computed depends on it.
+    """
+
+    make_worker: Callable[[], Worker]
+    tasks: Sequence[Any]
+    report: Callable[[Any], None]
+    threads: int
+
+
+class Executor(Protocol):
+    """Carries out all tasks of a request, and returns when each has been reported."""
+
+    def __call__(self, request: ExecutorRequest, /) -> None: ...
+
+
 class Backend(ABC):
     """Knows one model family: names its layers, loads it, tokenizes, encodes, predicts noise, adapts.
 

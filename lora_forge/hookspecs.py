@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from lora_forge.records import BackendSpec, InitializerSpec, LossSpec, OptimizerSpec, SaverSpec, Spec
+from lora_forge.records import BackendSpec, ExecutorSpec, InitializerSpec, LossSpec, OptimizerSpec, SaverSpec, Spec
 
 if TYPE_CHECKING:
     from lora_forge.events import RunFailure, RunFinish, RunStart, StepFinish
@@ -124,6 +124,29 @@ def lora_forge_backends() -> Iterable[BackendSpec]:
 
 
 @hookspec
+def lora_forge_executors() -> Iterable[ExecutorSpec]:
+    """Yield the executors this plugin supplies.
+
+    ```python
+    from lora_forge import ExecutorSpec, hookimpl
+
+    def plain(request):
+        worker = request.make_worker()
+        try:
+            for task in request.tasks:
+                request.report(worker.save(worker.train(task)))
+        finally:
+            worker.close()
+
+    @hookimpl
+    def lora_forge_executors():
+        yield ExecutorSpec(name="plain", summary="one batch after another", factory=plain)
+    ```
+    """
+    raise NotImplementedError
+
+
+@hookspec
 def lora_forge_run_started(event: RunStart) -> None:
     """Observe that a run (one prompt) is about to take its first step.
 
@@ -186,6 +209,7 @@ EXTENSION_POINTS: dict[str, tuple[str, type[Spec]]] = {
     "optimizer": ("lora_forge_optimizers", OptimizerSpec),
     "saver": ("lora_forge_savers", SaverSpec),
     "backend": ("lora_forge_backends", BackendSpec),
+    "executor": ("lora_forge_executors", ExecutorSpec),
 }
 LIFECYCLE_EVENTS: tuple[str, ...] = (
     "lora_forge_run_started",

@@ -127,15 +127,16 @@ def differences(earlier: Earlier, run: Mapping[str, Any], config: RunConfig, ver
     besides = {key: earlier.layer[key] for key in ("date", "device")}
     same = [one for one in run["saver"] if _name(one) == _name(earlier.run["saver"])]  # others write other files
     return [
-        *_differences("", {"dtype_out": "float32", **earlier.run}, {**run, "saver": (same or run["saver"])[0]}),
-        *_differences("", besides, {"date": config.date, "device": config.device}),
-        *_differences("", earlier.versions, versions),
+        *record_differences("", {"dtype_out": "float32", **earlier.run}, {**run, "saver": (same or run["saver"])[0]}),
+        *record_differences("", besides, {"date": config.date, "device": config.device}),
+        *record_differences("", earlier.versions, versions),
     ]
 
 
 def _layer(run: Mapping[str, Any]) -> dict[str, Any]:
     layer = {key: run[key] for key in _SCALARS if run[key] is not None}
     layer["dtype_out"] = run.get("dtype_out", "float32")  # what files without it have
+    layer |= {"tf32": True} if run.get("tf32") else {}
     if layer.get("base_model") == IN_MEMORY:
         del layer["base_model"]
     layer["loss"] = [
@@ -158,13 +159,14 @@ def _name(one: Mapping[str, Any]) -> str:
     return name if distribution == BUILTIN else f"{distribution}:{name}"
 
 
-def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
+def record_differences(where: str, before: Any, now: Any) -> Iterator[str]:
+    """What differs between two JSON-ready values, one line each; `where` is the key that they stand under."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):
-            yield from _differences(f"{where}.{key}".lstrip("."), before.get(key), now.get(key))
+            yield from record_differences(f"{where}.{key}".lstrip("."), before.get(key), now.get(key))
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for index, (one, other) in enumerate(zip(before, now, strict=True)):
-            yield from _differences(f"{where}[{index}]" if len(before) > 1 else where, one, other)
+            yield from record_differences(f"{where}[{index}]" if len(before) > 1 else where, one, other)
     elif before != now:
         yield f"{printable(where)} was {_short(before)}, now {_short(now)}"
 

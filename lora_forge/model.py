@@ -42,10 +42,14 @@ class LoadedModel:
                 layers = [layer for layer in self.layers if layer.component == component]
                 self.backend.adapt(layers, plan.rank, plan.alpha, self.slot)
                 self._adapted.add(component)
+        import torch
+
+        matmul = torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, plan.config.tf32
         try:
             yield
         finally:
-            self.slot.bank = None
+            self.slot.bank, matmul.allow_tf32 = None, before
 
     def _fresh(self, plan: Plan) -> list[str]:
         """What the plan needs and is not loaded yet."""

@@ -15,12 +15,16 @@ from lora_forge.errors import RunFailed, blaming
 
 @dataclass(frozen=True)
 class Term:
-    """One loss of the objective; `label` is its name, made unique where a loss is used twice."""
+    """One loss of the objective; `label` is its name, made unique where a loss is used twice.
+
+    content_only: it reads nothing beyond a text's end.
+    """
 
     label: str
     weight: float
     needs: frozenset[str]
     loss: Loss
+    content_only: bool = False
 
 
 class Objective:
@@ -29,6 +33,8 @@ class Objective:
     def __init__(self, terms: Sequence[Term], view: ModelView) -> None:
         self.terms = tuple(terms)
         self._prompts, self._device = view.prompts, view.device
+        # A denoiser is conditioned on all tokens, whatever the loss reads itself.
+        view.content_only = all(term.content_only and term.needs <= {"text"} for term in terms)
         self._batches = [Batch(view, term.needs, term.label) for term in terms]
 
     def values(self) -> dict[str, torch.Tensor]:

@@ -212,6 +212,9 @@ def _holds_adapters_alone(path: Path) -> bool:
 
 
 def _umask() -> int:
+    with suppress(OSError, ValueError, IndexError):  # where it can be read, no other thread sees it changed
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.split("Umask:")[1].split()[0], 8)
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -57,6 +57,10 @@ class ChosenTerm:
     needs: frozenset[str]
     chosen: Chosen
 
+    @property
+    def spec(self) -> LossSpec:
+        return cast(LossSpec, self.chosen.supplied.spec)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -131,6 +135,7 @@ class Plan:
             "l2": self.l2,
             "seed": config.seed,
             "dtype": config.dtype,
+            **({"tf32": True} if config.tf32 else {}),
             "dtype_out": config.dtype_out,
             "inert": config.inert,
             "init_from": self.init_from,
@@ -169,8 +174,8 @@ def make_plan(
     model, whole = _read_model(config, problems)
     base_model = config.base_model or (model.base_model if model else None)
     backend = _backend(registry, config, model, IN_MEMORY if in_memory else base_model, problems)
-    initializer = _choose(registry, "initializer", config.initializer, problems)
-    optimizer = _choose(registry, "optimizer", _with_learning_rate(registry, config.optimizer, model), problems)
+    initializer = choose(registry, "initializer", config.initializer, problems)
+    optimizer = choose(registry, "optimizer", _with_learning_rate(registry, config.optimizer, model), problems)
     savers = _savers(registry, config, problems)
     terms = _terms(registry, config, problems)
     if model and not base_model and not in_memory:
@@ -295,13 +300,13 @@ def _backend(
         except LoraForgeError as error:
             problems.append(Problem("backend", str(error)))
             return None
-    return _choose(registry, "backend", Choice(name, config.backend_options), problems)
+    return choose(registry, "backend", Choice(name, config.backend_options), problems)
 
 
 def _terms(registry: Registry, config: RunConfig, problems: list[Problem]) -> tuple[ChosenTerm, ...]:
     terms: list[ChosenTerm] = []
     for choice in config.loss:
-        chosen = _choose(registry, "loss", choice, problems)
+        chosen = choose(registry, "loss", choice, problems)
         if chosen is None:
             continue
         spec = cast(LossSpec, chosen.supplied.spec)
@@ -315,7 +320,7 @@ def _terms(registry: Registry, config: RunConfig, problems: list[Problem]) -> tu
 
 
 def _savers(registry: Registry, config: RunConfig, problems: list[Problem]) -> tuple[Chosen, ...]:
-    chosen = [_choose(registry, "saver", choice, problems) for choice in config.saver]
+    chosen = [choose(registry, "saver", choice, problems) for choice in config.saver]
     names = [one.name for one in chosen if one]
     problems += [Problem("saver", f"{name!r} is given twice") for name in dict.fromkeys(names) if names.count(name) > 1]
     return tuple(one for one in chosen if one)
@@ -333,7 +338,8 @@ def _needs(spec: LossSpec, chosen: Chosen) -> frozenset[str]:
         raise PluginError(f"loss {name!r} cannot say what it needs: {type(error).__name__}: {error}") from error
 
 
-def _choose(registry: Registry, kind: str, choice: Choice, problems: list[Problem]) -> Chosen | None:
+def choose(registry: Registry, kind: str, choice: Choice, problems: list[Problem]) -> Chosen | None:
+    """The plugin of this name with checked options, or None, and the mistakes among `problems`."""
     try:
         supplied = registry.resolve(kind, choice.name)
     except LoraForgeError as error:

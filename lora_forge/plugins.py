@@ -33,7 +33,7 @@ from lora_forge.records import Spec
 
 ENTRY_POINT_GROUP = "lora_forge"
 BUILTIN = "lora-forge"
-BUILTIN_MODULES = ("initializers", "losses", "optimizers", "savers", "backends")
+BUILTIN_MODULES = ("initializers", "losses", "optimizers", "savers", "backends", "executors")
 # Packages that listing plugins does not need: a plugin that imports one at its own import is named for it.
 HEAVY = ("torch", "transformers", "diffusers", "peft")
 

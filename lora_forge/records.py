@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 NEEDS: tuple[str, ...] = ("text", "noise_prediction", "attention", "vae")
 
@@ -59,6 +59,11 @@ class LossSpec(Spec):
     needs: what has to be there: a subset of `text`, `noise_prediction`, `attention`, `vae`, or a
         callable of the options that returns one.
     formula, source: what it computes, and the paper or project it comes from (`ours` if neither).
+    capturable: it does the same operations on the same tensors at every step (no noise, no branch on a value), so
+        that on CUDA a step may be recorded once and replayed.
+    tokens: `content` if it reads no output, token or mask beyond a text's end token, nor compares texts position by
+        position. Where all losses of a run say so, and the encoders are causal, what it is given may end with the
+        longest of the texts it asks for; the values are the same.
     """
 
     kind: ClassVar[str] = "loss"
@@ -66,6 +71,8 @@ class LossSpec(Spec):
     needs: Collection[str] | Callable[[Any], Collection[str]] = frozenset({"text"})
     formula: str = ""
     source: str = "ours"
+    capturable: bool = False
+    tokens: Literal["all", "content"] = "all"
 
     def needs_for(self, options: Any) -> frozenset[str]:
         """The needs under these options."""
@@ -149,3 +156,15 @@ class BackendSpec(Spec):
     layout: FileLayout | None = None
     recognizes: str | Callable[[str], bool] | None = None
     tiny: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorSpec(Spec):
+    """Carries out the batches of a job, here or on other machines; see `lora_forge.contracts.Executor`.
+
+    local: its workers run in the process that asked, so that the batch size can be chosen by this machine's memory.
+    """
+
+    kind: ClassVar[str] = "executor"
+
+    local: bool = False

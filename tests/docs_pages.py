@@ -115,7 +115,9 @@ class Reader:
             "toml": self._toml,
             "json": self._json,
         }
-        if block.language in actions:
+        if block.language in SHOWN_ONLY and block.title:
+            block.write()
+        elif block.language in actions:
             actions[block.language](block)
 
     def _bash(self, block: Block) -> None:

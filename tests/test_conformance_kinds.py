@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rule_breakers import Breaker, backends, initializers, losses, optimizers, savers
+from rule_breakers import Breaker, backends, executors, initializers, losses, optimizers, savers
 from rule_breakers.toy_backend import ToyBackend
 from torch import nn
 
@@ -21,6 +21,7 @@ KINDS = {
     "optimizer": optimizers.BREAKERS,
     "saver": savers.BREAKERS,
     "backend": backends.BREAKERS,
+    "executor": executors.BREAKERS,
 }
 SHARED = {"record", "bounds", "options", "builds"}  # see test_conformance_options
 BUILT_IN = [one.spec for specs in discover().supplied.values() for one in specs if one.is_builtin]
@@ -75,6 +76,9 @@ def nadam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         (savers.spec(savers.refuses_others), set()),
         (backends.GOOD, set()),
         (backends.TEXT_ONLY, {"noise"}),
+        (executors.spec(executors.good), set()),
+        (executors.spec(executors.good, local=True), set()),
+        (executors.spec(executors.in_another_process), set()),
     ],
 )
 def test_plugins_as_people_write_them_keep_every_rule_that_concerns_them(spec: Spec, unchecked: set[str]) -> None:

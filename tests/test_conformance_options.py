@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from rule_breakers import backends, initializers, losses, optimizers, savers
+from rule_breakers import backends, executors, initializers, losses, optimizers, savers
 
 from lora_forge import LossSpec
 from lora_forge.errors import LoraForgeError, UsageError
@@ -22,6 +22,7 @@ from lora_forge.testing import (
     Finding,
     NotConforming,
     check_backend,
+    check_executor,
     check_initializer,
     check_loss,
     check_optimizer,
@@ -35,6 +36,7 @@ GOOD: dict[str, Spec] = {
     "optimizer": optimizers.spec(optimizers.Descent, elementwise=True),
     "saver": savers.spec("lora_forge.builtin.savers:universal"),
     "backend": backends.GOOD,
+    "executor": executors.spec(executors.good),
 }
 CHECKS: dict[str, Any] = {
     "loss": check_loss,
@@ -42,6 +44,7 @@ CHECKS: dict[str, Any] = {
     "optimizer": check_optimizer,
     "saver": check_saver,
     "backend": check_backend,
+    "executor": check_executor,
 }
 
 

@@ -15,6 +15,7 @@ from distributions import Site, pretend_site
 
 import lora_forge
 from lora_forge import hookspecs
+from lora_forge.cli.main import main
 from lora_forge.errors import RunFailed
 from lora_forge.hookspecs import EXTENSION_POINTS, LIFECYCLE_EVENTS
 from lora_forge.plugins import discover
@@ -118,6 +119,20 @@ def test_the_backend_example_is_a_backend_by_name(site: Site) -> None:
     assert isinstance(spec, BackendSpec)
     assert set(spec.encoders) <= set(spec.components)
     assert spec.conditioning == ("text_encoder last",)
+
+
+def test_the_executor_example_makes_what_the_built_in_one_makes(site: Site) -> None:
+    file = example(site, "lora_forge_executors")
+    (site.folder / "prompts.txt").write_text("an owl\na brass fox\n")
+    made = {}
+    for executor in ("local", supplied("executor", file).name):
+        job = ["batch", str(site.folder / "prompts.txt"), "--output-dir", str(site.folder / executor)]
+        settings = ["--model", "tiny_sdxl", "--iterations", "1", "--batch-size", "1", "--plugin", str(file)]
+        assert main([*job, *settings, "--executor", executor]) == 0
+        made[executor] = {path.name: path.read_bytes() for path in (site.folder / executor).glob("*.safetensors")}
+    one, other = made.values()
+    assert len(one) == 2
+    assert one == other
 
 
 def test_the_lifecycle_examples_hear_of_a_run(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ def site(tmp_path: Path, monkeypatch: Patch) -> Iterator[Site]:
 
 def later_record_fields(patch: Patch) -> None:
     """Every spec that a plugin makes from now on has gained a field."""
-    for name in ("InitializerSpec", "LossSpec", "OptimizerSpec", "SaverSpec", "BackendSpec"):
+    for name in ("InitializerSpec", "LossSpec", "OptimizerSpec", "SaverSpec", "BackendSpec", "ExecutorSpec"):
         patch.setattr(records, name, _gained(getattr(records, name), kw_only=True))
 
 
@@ -85,21 +85,21 @@ def later_contract_fields(patch: Patch) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExecutorSpec(Spec):
-    kind: ClassVar[str] = "executor"
+class SolverSpec(Spec):
+    kind: ClassVar[str] = "solver"
 
 
 def later_extension_point(patch: Patch) -> None:
     """There is one more kind of thing a plugin can supply."""
 
     @hookspec
-    def lora_forge_executors() -> Iterable[ExecutorSpec]:
-        """Yield the executors this plugin supplies."""
+    def lora_forge_solvers() -> Iterable[SolverSpec]:
+        """Yield the solvers this plugin supplies."""
         raise NotImplementedError
 
-    patch.setattr(hookspecs, "lora_forge_executors", lora_forge_executors, raising=False)
-    patch.setattr(lora_forge, "ExecutorSpec", ExecutorSpec, raising=False)
-    patch.setitem(EXTENSION_POINTS, "executor", ("lora_forge_executors", ExecutorSpec))
+    patch.setattr(hookspecs, "lora_forge_solvers", lora_forge_solvers, raising=False)
+    patch.setattr(lora_forge, "SolverSpec", SolverSpec, raising=False)
+    patch.setitem(EXTENSION_POINTS, "solver", ("lora_forge_solvers", SolverSpec))
 
 
 def later_lifecycle_hook(patch: Patch) -> None:
@@ -287,11 +287,11 @@ def test_a_plugin_of_a_later_release_uses_the_new_beside_it(site: Site, monkeypa
     later_extension_point(monkeypatch)
     later_record_fields(monkeypatch)
     source = """
-    from lora_forge import ExecutorSpec, LossSpec, hookimpl
+    from lora_forge import SolverSpec, LossSpec, hookimpl
 
     @hookimpl
-    def lora_forge_executors():
-        yield ExecutorSpec(name="fleet", summary="many machines", factory=len)
+    def lora_forge_solvers():
+        yield SolverSpec(name="closed_form", summary="no steps", factory=len)
 
     @hookimpl
     def lora_forge_losses():
@@ -299,7 +299,7 @@ def test_a_plugin_of_a_later_release_uses_the_new_beside_it(site: Site, monkeypa
     """
     site.install("newer", source)
     registry = discover([FROZEN], strict=True)
-    assert registry.resolve("executor", "fleet").spec.summary == "many machines"
+    assert registry.resolve("solver", "closed_form").spec.summary == "no steps"
     assert getattr(registry.resolve("loss", "fresh").spec, "gained", None) == "by a plugin"
     assert getattr(registry.resolve("loss", "pull").spec, "gained", None) == "new"
 

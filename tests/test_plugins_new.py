@@ -50,7 +50,7 @@ def test_everything_a_package_needs_is_written_and_listed(
     assert len(commands.split("\n  ")[1:]) == 3, "three commands to type next"
     assert "pip install" in commands
     assert "pytest" in commands
-    assert "lora-forge run" in commands
+    assert f"lora-forge {'batch' if kind == 'executor' else 'run'}" in commands
 
 
 def test_the_entry_point_names_a_module_with_the_plugin_and_its_api(kind: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ BUILTINS = {
     ("saver", "peft"),
     ("backend", "sdxl"),
     ("backend", "sd15"),
+    ("executor", "local"),
 }
 
 
@@ -74,7 +75,7 @@ def test_list_has_a_row_for_all_that_is_supplied(plugins: Verb) -> None:
     assert all(any(kind in line and name in line for line in text.splitlines()) for kind, name in BUILTINS)
 
 
-@pytest.mark.parametrize("kind", ["initializer", "loss", "optimizer", "saver", "backend"])
+@pytest.mark.parametrize("kind", ["initializer", "loss", "optimizer", "saver", "backend", "executor"])
 def test_list_can_be_of_one_kind(plugins: Verb, kind: str) -> None:
     listed = plugins.json("list", "--kind", kind)
     assert {(row["kind"], row["name"]) for row in listed["plugins"]} == {one for one in BUILTINS if one[0] == kind}

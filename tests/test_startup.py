@@ -1,4 +1,4 @@
-"""Helping, listing, showing and refusing import nothing heavy."""
+"""Helping, listing, showing and refusing import nothing heavy; a run imports what it runs, and no more."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from fresh_environment import FreshEnvironment
 from plugin_scenarios import well_made
+
+from lora_forge.builtin.sdxl.backend import SdxlBackend
+from lora_forge.contracts import BackendRequest
 
 HEAVY = ("torch", "transformers", "diffusers", "peft", "safetensors", "numpy")
 RIGHT = (
@@ -97,3 +100,33 @@ print(json.dumps([code, sorted(sys.modules)]))
         # The list imported them all, and of each no more than the module its entry point names.
         assert len([m for m in modules if m.startswith("forge_wonder_") and m.endswith(".plugin")]) == plugins
         assert not [m for m in modules if m.startswith("forge_wonder_") and m.endswith(".loss")]
+
+
+def test_a_run_that_needs_no_unet_imports_neither_diffusers_nor_what_makes_pages_and_pictures(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    SdxlBackend.open(BackendRequest(str(tiny_folder), "cpu", "float32")).architecture()  # kept from here on
+    script = """
+import json, sys
+from lora_forge.cli.main import main
+code = main(sys.argv[1:])
+print(json.dumps([code, sorted(sys.modules)]))
+"""
+    run = [
+        "run",
+        "--prompt",
+        "owl",
+        "--model",
+        "tiny_sdxl",
+        "--iterations",
+        "1",
+        "-o",
+        str(tmp_path / "owl.safetensors"),
+    ]
+    done = subprocess.run([sys.executable, "-c", script, *run], capture_output=True, text=True, timeout=300, check=True)
+    code, modules = json.loads(done.stdout.splitlines()[-1])
+    assert code == 0, done.stderr
+    assert {"torch", "transformers.models.clip.modeling_clip", "peft"} <= set(modules)
+    assert {"diffusers", "plotly", "upath"} & set(modules) == set()
+    rooms = ("lora_forge.pages", "lora_forge.preview", "lora_forge.conversion", "lora_forge.inspection")
+    assert [module for module in modules if module.startswith(rooms)] == []

@@ -31,5 +31,6 @@ def lora_forge_losses() -> Iterator[LossSpec]:
         needs={"text"},
         formula="-mean(|last_hidden_state|), averaged over the text encoders with target layers",
         source="ours",
+        capturable=True,
         factory=embedding_magnitude,
     )

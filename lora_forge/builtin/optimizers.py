@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,9 @@ from lora_forge.schedules import ScheduleOptions, scheduled
 
 if TYPE_CHECKING:
     import torch
+
+
+_PIECE = 2**17  # numbers; with their gradient, two moments and a denominator, 2.5 MB
 
 
 @dataclass(frozen=True)
@@ -28,20 +31,49 @@ class AdamWOptions(ScheduleOptions):
 def adamw(parameters: Iterable[torch.nn.Parameter], options: AdamWOptions, iterations: int) -> torch.optim.Optimizer:
     """Loshchilov & Hutter, Decoupled Weight Decay Regularization (arXiv:1711.05101), as torch has it.
 
-    foreach, not fused: the fused kernel's rounding depends on where in its tensor a number lies, so that a
-    prompt's values would depend on its batch.
+    On CUDA fused. On a CPU not, since that kernel's rounding depends on where in its tensor a number lies, so that a
+    prompt's values would depend on its batch; there the steps go through the numbers piece by piece, each of a size
+    that stays in the caches.
     """
     import torch
 
+    parameters = list(parameters)
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    on_cuda = all(parameter.is_cuda for parameter in parameters)
+    pieces = [_pieces(parameter) for parameter in parameters] if on_cpu else []
     optimizer = torch.optim.AdamW(
-        parameters,
+        [piece for own in pieces for piece in own] or parameters,
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
         weight_decay=options.weight_decay,
-        foreach=True,
+        foreach=False if on_cpu else None,
+        fused=True if on_cuda else None,
     )
+
+    def pass_gradients(*_: object) -> None:
+        for parameter, own in zip(parameters, pieces, strict=False):
+            gradients = [None] * len(own) if parameter.grad is None else _cut(parameter.grad)
+            for piece, gradient in zip(own, gradients, strict=True):
+                piece.grad = gradient
+
+    pass_gradients()
+    optimizer.register_step_pre_hook(pass_gradients)
     return scheduled(optimizer, options, iterations)
+
+
+def _pieces(parameter: torch.nn.Parameter) -> list[torch.nn.Parameter]:
+    """A parameter's numbers in order, as parameters that are views of it."""
+    import torch
+
+    return [torch.nn.Parameter(piece) for piece in _cut(parameter.detach())]
+
+
+def _cut(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Views of a tensor's numbers in order; of one that is not in order, itself."""
+    import torch
+
+    return torch.split(tensor.view(-1), _PIECE) if tensor.is_contiguous() else [tensor]
 
 
 @hookimpl

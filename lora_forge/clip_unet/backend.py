@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from lora_forge.bank import BankLinear, BankSlot, inject
-from lora_forge.clip_unet.encoders import canonical_name, empty_encoder, load_encoder
-from lora_forge.clip_unet.family import UNET, ClipEncoder, Family
+from lora_forge.clip_unet.architecture import layers_of_config, linear_layers
+from lora_forge.clip_unet.encoders import canonical_name, load_encoder, ready_for_steps
+from lora_forge.clip_unet.family import UNET, Family
 from lora_forge.clip_unet.pipeline import load_model, load_pipeline
 from lora_forge.clip_unet.sources import SingleFile, Source, open_source
 from lora_forge.clip_unet.tiny import tiny_folder
@@ -37,6 +38,7 @@ class ClipUnetBackend(Backend):
     """See `Backend`. `facts` are the family's; `modules` the components loaded so far."""
 
     facts: ClassVar[Family]
+    causal = True  # no token attends to later ones, so that what comes after a text's end can be left out
     target_groups = {
         "attention": lambda path: path.endswith(_ATTENTION),
         "attention+mlp": lambda path: path.endswith(_ATTENTION + _MLP),
@@ -66,7 +68,7 @@ class ClipUnetBackend(Backend):
     def __init__(self, source: Source | None, request: BackendRequest, modules: dict[str, Any]) -> None:
         self.family = self.facts.name
         self._source, self._request, self._modules = source, request, modules
-        self._in_memory = {name: _linear_layers(name, module) for name, module in modules.items()}
+        self._in_memory = {name: linear_layers(name, module) for name, module in modules.items()}
         self._before: dict[str, tuple[list[tuple[nn.Module, bool]], list[tuple[nn.Parameter, bool]]]] = {}
         self._adapted: dict[str, Any] = {}
         self._tokenizers: dict[str, Any] = {}
@@ -85,7 +87,7 @@ class ClipUnetBackend(Backend):
         configs = self._configs(self._source)
         for component in self.facts.components:
             config, kind = json.dumps(configs[component], sort_keys=True), self.facts.encoders.get(component)
-            layers[component] = _layers_of_config(component, kind, config)
+            layers[component] = layers_of_config(component, kind, config)
         return layers
 
     def _configs(self, source: Source) -> dict[str, dict[str, Any]]:
@@ -143,7 +145,8 @@ class ClipUnetBackend(Backend):
                 module = load_model(self._source, UNET, dtype).to(self._request.device)
             else:
                 kind = self.facts.encoders[component]
-                module = load_encoder(component, kind, self._source, device=self._request.device, dtype=dtype)
+                encoder = load_encoder(component, kind, self._source, device=self._request.device, dtype=dtype)
+                module = ready_for_steps(encoder)
             self._modules[component] = module
 
     def adapt(self, layers: Sequence[TargetLayer], rank: int, alpha: float, slot: BankSlot) -> None:
@@ -293,31 +296,6 @@ def _check_bare(component: str, module: Any) -> None:
         raise ModelError(f"{component} is offloaded; a pipeline in memory has to be on one device")
     if hasattr(module, "peft_config"):
         raise ModelError(f"{component} already carries a LoRA; unload it first (pipe.unload_lora_weights())")
-
-
-@functools.lru_cache(maxsize=16)
-def _layers_of_config(component: str, kind: ClipEncoder | None, config: str) -> dict[str, tuple[int, int]]:
-    """The linear layers an architecture has, from a component built on the meta device."""
-    try:
-        if kind:
-            module = empty_encoder(kind, json.loads(config))
-        else:
-            from diffusers import UNet2DConditionModel
-
-            with torch.device("meta"):
-                module = UNet2DConditionModel.from_config(json.loads(config))
-    except Exception as error:
-        reason = " ".join(str(error).split())  # the library's own, of many lines
-        raise ModelError(f"{component}: its config.json makes no model: {reason}") from error
-    return _linear_layers(component, module)
-
-
-def _linear_layers(component: str, module: nn.Module) -> dict[str, tuple[int, int]]:
-    return {
-        canonical_name(component, name): (layer.out_features, layer.in_features)
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-    }
 
 
 def _cut_off(tokenizer: Any, text: str, room: int) -> str:

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora_forge.clip_unet.family import UNET, ClipEncoder
 from lora_forge.clip_unet.sources import Source
 from lora_forge.errors import ModelError
+from lora_forge.frozen import freeze
 
 _BYTES_PER_MAPPING = 128 * 2**20
 
@@ -54,6 +55,15 @@ def load_encoder(component: str, kind: ClipEncoder, source: Source, *, device: s
         if buffer.is_meta:  # position_ids, which no checkpoint carries
             _set(encoder, name, torch.arange(buffer.shape[-1], device=device).expand(buffer.shape))
     return encoder.requires_grad_(False).eval()
+
+
+def ready_for_steps(encoder: Any) -> nn.Module:
+    """An encoder of our own, as fast as it gets at the gradients of its activations; none of a weight is wanted."""
+    parameter = next(encoder.parameters())
+    if parameter.device.type == "cpu" and parameter.dtype is not torch.float32:
+        # The gradient of torch's fused attention takes four times as long in 16 bits as in 32, on a CPU.
+        encoder.set_attn_implementation("eager")
+    return freeze(encoder)
 
 
 def _read_into(

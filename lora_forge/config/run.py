@@ -51,6 +51,7 @@ class RunConfig:
     seed: int = _knob(0, "seed of the initial weights", min=0, max=2**63 - 1)
     device: str = _knob("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["float32", "float16", "bfloat16"] = _knob("float32", "of frozen weights and activations")
+    tf32: bool = _knob(False, "on CUDA, multiply float32 matrices in TF32: faster, and less exact")
     inert: Literal["keep", "drop", "error"] = _knob("keep", "what to do with layers the objective cannot reach")
     init_from: Path | None = _knob(None, "start from an earlier LoRA file")
     strength: float | None = _knob(None, "scale the finished LoRA by this factor")

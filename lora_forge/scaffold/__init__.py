@@ -40,6 +40,7 @@ _KINDS = {
     "optimizer": _Kind("an", "gradient descent with momentum"),
     "saver": _Kind("a", "a numpy .npz file", ("lora-forge", "numpy")),
     "backend": _Kind("a", "one small text encoder and no denoiser"),
+    "executor": _Kind("an", "several processes of this machine"),
 }
 KINDS: tuple[str, ...] = tuple(_KINDS)
 

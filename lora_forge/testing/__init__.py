@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_forge.testing.checks import check_backend as check_backend
+    from lora_forge.testing.checks import check_executor as check_executor
     from lora_forge.testing.checks import check_initializer as check_initializer
     from lora_forge.testing.checks import check_loss as check_loss
     from lora_forge.testing.checks import check_optimizer as check_optimizer
@@ -34,6 +35,7 @@ _HOMES = {
     "check_optimizer": "checks",
     "check_saver": "checks",
     "check_backend": "checks",
+    "check_executor": "checks",
     "examine": "checks",
     "Examination": "examination",
     "Finding": "examination",

@@ -13,7 +13,7 @@ from lora_forge.hookspecs import EXTENSION_POINTS
 from lora_forge.options import Text, Unfit, check_bounds, options_as_dict, parse_options, plain
 from lora_forge.plugin_rules import check_spec
 from lora_forge.plugins import Plugin, Supplied, build
-from lora_forge.records import BackendSpec, InitializerSpec, LossSpec, OptimizerSpec, SaverSpec, Spec
+from lora_forge.records import BackendSpec, ExecutorSpec, InitializerSpec, LossSpec, OptimizerSpec, SaverSpec, Spec
 from lora_forge.testing.examination import Book, Broken, Examination, Halt, in_words
 
 # The module that examines each kind, by a function of that name: (book, spec, options, make) -> None.
@@ -49,6 +49,11 @@ def check_saver(spec: SaverSpec, options: Any | None = None) -> None:
 def check_backend(spec: BackendSpec, options: Any | None = None) -> None:
     """As `check_loss`, for a backend, on the model that its `tiny` names."""
     _check(BackendSpec, spec, options)
+
+
+def check_executor(spec: ExecutorSpec, options: Any | None = None) -> None:
+    """As `check_loss`, for an executor, with workers on this machine that train nothing."""
+    _check(ExecutorSpec, spec, options)
 
 
 def examine(spec: Spec, options: Any | None = None, *, beside: Iterable[Spec] = ()) -> Examination:

@@ -83,4 +83,17 @@ RULES: dict[str, dict[str, str]] = {
         "pipeline": "pipeline() gives a diffusers pipeline of the whole model, without a LoRA in it, or there is none",
     }
     | _LAST,
+    "executor": _FIRST
+    | {
+        "stays": "what a worker's train gives stays in its process, where that worker saves it",
+        "each_once": "it reports each task once, with what its save gave, however many there are, none included",
+        "one_report": "it reports one outcome at a time",
+        "as_it_comes": "it reports an outcome as soon as it is there, not at the end",
+        "local": "if declared local, its workers are in the process that asked",
+        "one_worker": "no process makes more than one worker",
+        "one_thread": "a worker trains one task at a time, always on one thread",
+        "errors": "what a worker or a report raises ends the call with that error, and no task is tried again for it",
+        "closes": "each worker is closed once, on its thread, when its tasks are done, also after an error",
+    }
+    | _LAST,
 }

@@ -10,12 +10,14 @@ import click
 
 from lora_forge.scaffold import KINDS, check_name, module_name, package_files, write_package
 
+_RUN = 'run --prompt "a steampunk owl"'
 _USE = {
-    "loss": "--model tiny_sdxl --loss {module}",
-    "initializer": "--model tiny_sdxl --initializer {module}",
-    "optimizer": "--model tiny_sdxl --optimizer {module}",
-    "saver": "--model tiny_sdxl --saver {module}",
-    "backend": "--model {config}",
+    "loss": f"{_RUN} --model tiny_sdxl --loss {{module}}",
+    "initializer": f"{_RUN} --model tiny_sdxl --initializer {{module}}",
+    "optimizer": f"{_RUN} --model tiny_sdxl --optimizer {{module}}",
+    "saver": f"{_RUN} --model tiny_sdxl --saver {{module}}",
+    "backend": f"{_RUN} --model {{config}}",
+    "executor": "batch prompts.txt --output-dir output --model tiny_sdxl --threads 1 --executor {module}",
 }
 
 
@@ -60,5 +62,5 @@ def _next_commands(name: str, kind: str, folder: Path) -> list[str]:
     return [
         f'pip install -e "{folder}[test]"',
         f"pytest {shlex.quote(str(folder))}",
-        f'lora-forge run --prompt "a steampunk owl" {use}',
+        f"lora-forge {use}",
     ]

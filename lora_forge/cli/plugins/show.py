@@ -39,7 +39,7 @@ def _record(one: Supplied) -> dict[str, Any]:
     spec = one.spec
     record: dict[str, Any] = {**one.provenance(), "summary": spec.summary}
     if isinstance(spec, LossSpec):
-        record |= {"needs": _needs(spec), "formula": spec.formula, "source": spec.source}
+        record |= {"needs": _needs(spec), "formula": spec.formula, "source": spec.source, "tokens": spec.tokens}
     if isinstance(spec, OptimizerSpec):
         record["elementwise"] = spec.elementwise
     if isinstance(spec, SaverSpec):
@@ -69,7 +69,8 @@ def _print_record(record: dict[str, Any]) -> None:
 
     console = Console()
     console.print(f"[bold]{record['name']}[/] ({record['kind']}): {escape(record['summary'])}", highlight=False)
-    for key in ("needs", "formula", "source", "elementwise", "suffix", "components", "reaches", "conditioning"):
+    of_a_loss, of_a_backend = ("needs", "formula", "source", "tokens"), ("components", "reaches", "conditioning")
+    for key in (*of_a_loss, "elementwise", "suffix", *of_a_backend):
         if record.get(key) not in (None, ""):
             console.print(f"{key}: {escape(str(record[key]))}", highlight=False)
     origin = f"{record['distribution']} {record['version']}, module {record['module']}"

@@ -1,0 +1,110 @@
+"""What people see of a job while it goes on and after it, on stderr: it has no other result than its folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from lora_forge.events import RunStart, StepFinish
+from lora_forge.hookspecs import hookimpl
+from lora_forge.jobs.progress import JobState, Line
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class BatchProgress:
+    """Prompts made, rate, time left and failures: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar: RichProgress | None = None
+        self._state: JobState | None = None
+        self._begun: tuple[float, int] | None = None  # when the first prompt started, and what was settled by then
+        self._printed = time.monotonic()
+        self._batch = ""
+
+    def __enter__(self) -> BatchProgress:
+        if self._console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("[progress.description]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[values]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("loading", total=None, values="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def watch(self, state: JobState, lines: Sequence[Line]) -> None:
+        """Show the state, and each failure as it happens."""
+        self._state = state
+        if self._begun is None:
+            self._begun = (time.monotonic(), state.made + state.failed)
+        for line in lines:
+            if line["error"]:
+                words = f"row {line['row']}: {line['error']}"
+                self._console.print(f"[yellow]failed:[/] {escape(words)}", highlight=False, soft_wrap=True)
+        self._show(lines_due=time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES)
+
+    @hookimpl
+    def lora_forge_run_started(self, event: RunStart) -> None:
+        self._batch = event.run.batch_id
+
+    @hookimpl
+    def lora_forge_step_finished(self, event: StepFinish) -> None:
+        if self._bar is not None and event.run.batch_id == self._batch:
+            self._bar.update(self._task, description=f"step {event.step}/{event.run.iterations}")
+
+    def _show(self, *, lines_due: bool) -> None:
+        state = self._state
+        assert state is not None
+        values = f"{state.failed} failed" if state.failed else ""
+        values += self._pace(state)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.made + state.failed, total=state.prompts, values=values)
+        elif lines_due:
+            self._printed = time.monotonic()
+            self._console.print(f"{state.made}/{state.prompts} made  {values}", highlight=False, soft_wrap=True)
+
+    def _pace(self, state: JobState) -> str:
+        assert self._begun is not None
+        start, settled = self._begun
+        done, seconds = state.made + state.failed - settled, time.monotonic() - start
+        if not done:
+            return ""
+        return f"  {60 * done / seconds:.3g} prompts/min  {_duration(state.left * seconds / done)} left"
+
+
+def print_state(state: JobState, output_dir: str) -> None:
+    """The end of a job, in two lines."""
+    console = Console(stderr=True)
+    parts = [f"{state.made} made"]
+    if state.earlier:
+        parts[0] += f" ({state.earlier} of them before)"
+    if state.failed:
+        parts.append(f"[yellow]{state.failed} failed[/], manifest.jsonl says why")
+    if state.twice:
+        parts.append(f"{state.twice} rows repeat another")
+    if state.halved:
+        parts.append("memory ran out, so that batches were halved")
+    console.print(f"{escape(output_dir)}: {'; '.join(parts)}", highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,1 @@
+"""Jobs: many prompts, in batches, restartable."""
