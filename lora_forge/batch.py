@@ -58,7 +58,7 @@ class ModelView:
         """Forget what the adapted model said; its weights have moved."""
         self._adapted.clear()
         self.step += 1
-        self._cut = self.content_only and getattr(self.backend, "causal", False)
+        self._cut = self.content_only and self.backend.causal
 
     def begin_evaluation(self) -> None:
         """As `begin_step`, outside the step loop: losses see the first step's noise again."""

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -207,6 +207,8 @@ class Backend(ABC):
     """
 
     family: str
+    causal: ClassVar[bool] = False
+    """Whether no token of its encoders attends to later ones, so that what follows a text's end may be left out."""
     target_groups: Mapping[str, Callable[[str], bool]]
     """Named choices of layers for new model configs, such as `attention`: a test of a canonical path."""
 

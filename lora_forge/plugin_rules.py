@@ -88,6 +88,8 @@ def check_spec(spec: Any, spec_type: type[Spec], hook_name: str) -> None:
             _check_reference(spec, field)
     if isinstance(spec, BackendSpec):
         _check_backend(spec)
+    if isinstance(spec, LossSpec) and spec.tokens not in ("all", "content"):
+        raise PluginError(f"{spec.name}: tokens must be 'all' or 'content', got {spec.tokens!r}")
     if isinstance(spec, LossSpec) and not callable(spec.needs):
         if isinstance(spec.needs, str) or not isinstance(spec.needs, Collection):
             raise PluginError(f"{spec.name}: needs must be a set of words, got {spec.needs!r}")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers_reader import open_pipeline
-from preview_by_hand import picture, write_checkpoint
+from preview_by_hand import picture, same, write_checkpoint
 from single_file_checkpoint import write_single_file
 
 from lora_forge.bank import BankSlot
@@ -46,7 +46,7 @@ def test_the_tiny_model_and_its_folder_make_diffusers_pictures(
     for source in (model, model_folder):
         pipe = opened(family, source).pipeline()
         assert type(pipe).__name__ == family.pipeline
-        assert np.array_equal(picture(pipe, PROMPT, 0), expected)
+        assert same(picture(pipe, PROMPT, 0), expected)
         parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         assert not any(part.training or any(one.requires_grad for one in part.parameters()) for part in parts)
         assert {one.device.type for part in parts for one in part.parameters()} == {"cpu"}
@@ -63,7 +63,7 @@ def test_a_checkpoint_in_one_file_makes_the_same_with_configs_and_tokenizers_fro
     file = write_checkpoint(family.name, model_folder, tmp_path / "whole.safetensors")
     configs = tmp_path / "configs"
     shutil.copytree(model_folder, configs, ignore=shutil.ignore_patterns("*.safetensors"))
-    assert np.array_equal(picture(opened(family, file, configs=configs).pipeline(), PROMPT, 0), expected)
+    assert same(picture(opened(family, file, configs=configs).pipeline(), PROMPT, 0), expected)
     (configs / "model_index.json").unlink()  # the scheduler's own config names its class, too
     without = opened(family, file, configs=configs).pipeline()
     assert type(without.scheduler) is type(opened(family, model_folder).pipeline().scheduler)
@@ -100,7 +100,7 @@ def test_of_the_hub_only_the_pipelines_own_parts_are_downloaded(
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, name: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     pipe = opened(family, "someone/tiny").pipeline()
-    assert np.array_equal(picture(pipe, PROMPT, 0), expected)
+    assert same(picture(pipe, PROMPT, 0), expected)
     weights = sorted(path.parent.name for path in cache.rglob("*.safetensors"))
     assert weights == sorted([*family.components, "vae"])
 

@@ -77,7 +77,7 @@ def test_a_lora_of_a_run_changes_its_image(pipe: Any, model: str, tmp_path: Path
     after = picture(pipe)
     pipe.unload_lora_weights()
     assert float((after - before).abs().max()) > 1e-4
-    assert torch.equal(picture(pipe), before)
+    torch.testing.assert_close(picture(pipe), before, rtol=0, atol=1e-5)  # weights that lie elsewhere round otherwise
 
 
 def test_it_has_every_file_of_the_real_one(family: Family, model_folder: Path) -> None:

@@ -38,7 +38,7 @@ class ClipUnetBackend(Backend):
     """See `Backend`. `facts` are the family's; `modules` the components loaded so far."""
 
     facts: ClassVar[Family]
-    causal = True  # no token attends to later ones, so that what comes after a text's end can be left out
+    causal = True
     target_groups = {
         "attention": lambda path: path.endswith(_ATTENTION),
         "attention+mlp": lambda path: path.endswith(_ATTENTION + _MLP),

@@ -53,6 +53,9 @@ def examine_loss(book: Book, spec: LossSpec, options: Any, make: Callable[[], Ca
     with book.rule("independent", vital=True):
         exam.check_alone(together)
         exam.check_other_mates(together)
+    with book.rule("tokens"):
+        if spec.tokens == "content":
+            exam.check_content(together)
     with book.rule("reaches"):
         exam.check_reached(together)
     with book.rule("undeclared", vital=True):
@@ -91,11 +94,14 @@ class _Exam:
             raise Broken(f"it needs {', '.join(unserved)}, which {TINY} cannot serve; it serves {served}")
         return needs
 
-    def evaluate(self, people: Sequence[int], seed: int, *, zero_b: bool = False) -> _Evaluation:
+    def evaluate(
+        self, people: Sequence[int], seed: int, *, zero_b: bool = False, content_only: bool = False
+    ) -> _Evaluation:
         """Value and gradient for these people by a loss made anew, checked for what must hold every time."""
         bank = personal_bank(self.stage.layers, people, zero_b=zero_b)
         before, told = bank.parameter.detach().clone(), options_as_dict(self.options)
         view, reach = self.stage.view(people), Reach(bank)
+        view.content_only = content_only
         self.stage.slot.bank = bank
         try:
             with global_seed(seed):
@@ -263,6 +269,15 @@ class _Exam:
                     f"the {what} of prompt 1 of 3 changes by {relative(one, other):.2g} of it when the two prompts "
                     "beside it are others; keep the first dimension (prompts) apart"
                 )
+
+    def check_content(self, whole: _Evaluation) -> None:
+        cut = self.evaluate(TOGETHER, FIRST_SEED, content_only=True)
+        far = float((whole.values - cut.values).abs().max()) > VALUE_TOLERANCE * float(whole.values.abs().max())
+        if far or relative(whole.gradient, cut.gradient) > GRADIENT_TOLERANCE:
+            raise Broken(
+                "declared to read the content's tokens alone, it gives another value or gradient where nothing follows "
+                "the longest text: weight positions by batch.tokens[…].attention_mask, or leave out tokens='content'"
+            )
 
 
 def _check_finite(what: str, tensor: torch.Tensor, zero_b: bool) -> None:

@@ -33,6 +33,7 @@ RULES: dict[str, dict[str, str]] = {
         "steps": "it can be asked again at the next step",
         "deterministic": "the same seed gives the same bits, whatever the global seed",
         "independent": "a prompt's value and gradient do not depend on the prompts beside it",
+        "tokens": "if declared to read the content's tokens alone, it is the same where none follow the longest text",
         "reaches": "what a need alone brings in, a gradient reaches, in one component at least",
         "undeclared": "the gradient reaches no component beyond those its `needs` declare",
         "families": "it works on a model with one text encoder too, or says in an ObjectiveError what that lacks",

@@ -281,6 +281,7 @@ BREAKERS = [
     ),
     breaker("detaches its value", detached, "differentiable", "no gradient", "batch.adapted()", ".detach()"),
     breaker("uses the frozen model alone", frozen_only, "differentiable", "no gradient", "batch.adapted()"),
+    breaker("reads padding", good, "tokens", "content's tokens alone", "attention_mask", tokens="content"),
     breaker(
         "multiplies the denoiser by zero", nothing_of_the_denoiser, "reaches", "a gradient of zero", "unet", needs=BOTH
     ),

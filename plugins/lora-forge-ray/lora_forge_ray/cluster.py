@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from lora_forge_ray.options import Options
 # Of a cluster of our own. What goes through it, settings, tasks and outcomes, is small; Ray would take a third of the
 # machine's memory.
 _OBJECT_STORE = 128 * 2**20
+_ANSWER = 10.0  # seconds that a cluster's first machine has to accept a connection
 
 
 @contextmanager
@@ -71,9 +73,17 @@ def _connect(options: Options, threads: int) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         where, chosen = "cannot be started here", _new_cluster(options, threads)
     try:
+        _reach(options.address)
         ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **chosen)
     except Exception as error:
         raise PluginError(f"a Ray cluster {where}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nobody answers; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
 
 
 def _new_cluster(options: Options, threads: int) -> dict[str, Any]:

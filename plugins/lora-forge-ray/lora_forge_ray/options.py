@@ -10,8 +10,8 @@ class Options:
     address: str = field(
         default="",
         metadata={
-            "help": "the cluster: auto (the one this machine is in), HOST:PORT or ray://HOST:PORT; empty: one on this "
-            "machine, for this job alone"
+            "help": "the cluster: auto (the one this machine is in) or HOST:PORT; empty: one on this machine, for this "
+            "job alone"
         },
     )
     workers: int = field(

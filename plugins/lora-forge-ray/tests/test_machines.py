@@ -1,4 +1,4 @@
-"""A cluster of two machines, of which one is lost."""
+"""A cluster of two machines, of which one is lost; and clusters that are not there."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from lora_forge.contracts import ExecutorRequest
+from lora_forge.errors import PluginError
 
 
 @pytest.fixture
@@ -47,3 +48,9 @@ def test_what_was_lost_with_a_machine_runs_on_another(machines: Cluster, tmp_pat
     assert sorted(outcome.number for outcome in reported) == list(range(10))
     assert len({outcome.process for outcome in reported}) == 2
     assert not ray.is_initialized(), "the connection was the job's own"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
+def test_a_cluster_that_does_not_answer_is_an_error_at_once(address: str) -> None:
+    with pytest.raises(PluginError, match=f"a Ray cluster at '{address}' cannot be reached: .*refused"):
+        execute(ExecutorRequest(FakeWorker, [Task(0)], print, 1), Options(address=address))
