@@ -19,6 +19,7 @@ PUBLIC = {
     "lora_forge.errors",
     "lora_forge.bank",
     "lora_forge.batch",
+    "lora_forge.frozen",
     "lora_forge.schedules",
     "lora_forge.seeds",
     "lora_forge.files",

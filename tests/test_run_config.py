@@ -223,6 +223,7 @@ def test_every_key_means_the_same_in_a_file_and_on_the_command_line(tmp_path: Pa
         "output": "b.safetensors",
         "overwrite": True,
         "dtype_out": "float16",
+        "tf32": True,
         "sidecar": True,
         "report": True,
         "preview": True,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
+import tempfile
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +22,7 @@ from torch import nn
 from lora_forge.clip_unet.encoders import canonical_name, empty_encoder
 from lora_forge.clip_unet.family import ClipEncoder
 from lora_forge.clip_unet.tiny import cache_folder
-from lora_forge.errors import ModelError, OutputError
-from lora_forge.output import appearing
+from lora_forge.errors import ModelError
 
 Layers: TypeAlias = dict[str, tuple[int, int]]
 _FORMAT = 1  # raise it when the same config should come to other layers
@@ -92,5 +93,9 @@ def _kept(file: Path) -> Layers | None:
 def _keep(file: Path, layers: Layers) -> None:
     """Keep them for the next run. One whose cache cannot be written goes without."""
     text = json.dumps(layers)
-    with suppress(OutputError), appearing(file, overwrite=True) as made:
-        made.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as temporary:
+            made = Path(temporary) / file.name
+            made.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
+            os.replace(made, file)  # whole, whoever reads or writes it meanwhile
