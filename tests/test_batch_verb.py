@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -308,8 +308,16 @@ def test_what_is_wrong_with_the_whole_job_is_told_before_the_first_prompt(
     assert not Path("out").exists() or not list(Path("out").iterdir())
 
 
-def test_a_job_writes_to_a_url_and_is_begun_again_there() -> None:
-    memory = fsspec.filesystem("memory")
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """The memory of `memory://`, empty before and after."""
+    found = fsspec.filesystem("memory")
+    found.store.clear()
+    yield found
+    found.store.clear()
+
+
+def test_a_job_writes_to_a_url_and_is_begun_again_there(memory: Any) -> None:
     assert batch(out="memory://bucket/loras") == 0
     written = {path: memory.cat(path) for path in memory.find("/bucket/loras") if path.endswith(".safetensors")}
     assert len(written) == len(PROMPTS)
