@@ -50,7 +50,7 @@ class ModelView:
         self.texts: Texts = tuple((encoder, tuple(rows)) for encoder, rows in texts.items())
         self.prompts = len(self.seeds)
         self._tokens: dict[tuple[str, tuple[str, ...]], Tokens] = {}
-        self._lengths: dict[Texts, int] = {}
+        self._short: dict[Texts, dict[str, Tokens]] = {}
         self._adapted: dict[tuple[Texts, bool, bool], dict[str, EncoderOutput]] = {}
         self._frozen: dict[tuple[Texts, bool, bool], dict[str, EncoderOutput]] = {}
 
@@ -71,13 +71,15 @@ class ModelView:
         tokens = self._all_tokens(texts)
         if not self._cut:
             return tokens
-        if texts not in self._lengths:  # read off the device once, not at every step
-            self._lengths[texts] = _length(tokens.values())
-        length = self._lengths[texts]
-        return {
-            encoder: replace(one, input_ids=one.input_ids[:, :length], attention_mask=one.attention_mask[:, :length])
-            for encoder, one in tokens.items()
-        }
+        if texts not in self._short:  # the length is read off the device once, not at every step
+            length = _length(tokens.values())
+            self._short[texts] = {
+                encoder: replace(
+                    one, input_ids=one.input_ids[:, :length], attention_mask=one.attention_mask[:, :length]
+                )
+                for encoder, one in tokens.items()
+            }
+        return self._short[texts]
 
     def _all_tokens(self, texts: Texts) -> dict[str, Tokens]:
         for encoder, rows in texts:

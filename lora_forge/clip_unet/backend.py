@@ -10,6 +10,7 @@ import functools
 import json
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from lora_forge.bank import BankLinear, BankSlot, inject
 from lora_forge.clip_unet.architecture import layers_of_config, linear_layers
+from lora_forge.clip_unet.below import Below
 from lora_forge.clip_unet.encoders import canonical_name, load_encoder, ready_for_steps
 from lora_forge.clip_unet.family import UNET, Family
 from lora_forge.clip_unet.pipeline import load_model, load_pipeline
@@ -71,6 +73,7 @@ class ClipUnetBackend(Backend):
         self._in_memory = {name: linear_layers(name, module) for name, module in modules.items()}
         self._before: dict[str, tuple[list[tuple[nn.Module, bool]], list[tuple[nn.Parameter, bool]]]] = {}
         self._adapted: dict[str, Any] = {}
+        self._below: dict[str, Below] = {}
         self._tokenizers: dict[str, Any] = {}
         self._norms: dict[tuple[str, str], float] = {}
 
@@ -155,8 +158,13 @@ class ClipUnetBackend(Backend):
             paths = {canonical_name(component, path): path for path, _ in module.named_modules()}
             names = {paths[layer.name]: layer.key for layer in layers if layer.component == component}
             self._adapted[component] = inject(module, names, rank, alpha, slot)
+            if component in self.facts.encoders:
+                self._below[component] = Below(module, names)
 
     def release(self) -> None:
+        for below in self._below.values():
+            below.release()
+        self._below.clear()
         for adapted in self._adapted.values():
             adapted.unload()
         self._adapted.clear()
@@ -185,11 +193,13 @@ class ClipUnetBackend(Backend):
     def encode(self, encoder: str, tokens: Tokens, *, masked: bool) -> EncoderOutput:
         module = self._modules[encoder]
         device = next(module.parameters()).device
-        output = module(
-            tokens.input_ids.to(device),
-            attention_mask=tokens.attention_mask.to(device) if masked else None,
-            output_hidden_states=True,
-        )
+        below = self._below.get(encoder)
+        with below.of(tokens.input_ids, masked=masked) if below else nullcontext():
+            output = module(
+                tokens.input_ids.to(device),
+                attention_mask=tokens.attention_mask.to(device) if masked else None,
+                output_hidden_states=True,
+            )
         pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
         return EncoderOutput(output.last_hidden_state.float(), output.hidden_states[-2].float(), pooled.float())
 
