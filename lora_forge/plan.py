@@ -153,6 +153,10 @@ class Plan:
         own = {"prompt": request.prompt, "prompt_2": request.prompt_2, "seed": request.seed}
         return {**self.record(), **own, **({"saver": saver.record()} if saver else {})}
 
+    def run_id(self, request: Request) -> str:
+        """The id of a run: the same for the same request, whatever else is in its batch."""
+        return short_digest(self.record_of(request))
+
 
 def make_plan(
     config: RunConfig,

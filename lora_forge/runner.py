@@ -39,7 +39,7 @@ def forge(
 
 def run_infos(plan: Plan, requests: Sequence[Request]) -> list[RunInfo]:
     """What the runs of a batch are called, in the requests' order."""
-    ids = [short_digest(plan.record_of(request)) for request in requests]
+    ids = [plan.run_id(request) for request in requests]
     batch_id = short_digest(ids)
     return [
         RunInfo(id, batch_id, r.prompt, plan.model.name, plan.iterations, r.seed)

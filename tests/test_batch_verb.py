@@ -7,11 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 from safetensors import safe_open
@@ -308,20 +307,11 @@ def test_what_is_wrong_with_the_whole_job_is_told_before_the_first_prompt(
     assert not Path("out").exists() or not list(Path("out").iterdir())
 
 
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    """The memory of `memory://`, empty before and after."""
-    found = fsspec.filesystem("memory")
-    found.store.clear()
-    yield found
-    found.store.clear()
-
-
-def test_a_job_writes_to_a_url_and_is_begun_again_there(memory: Any) -> None:
+def test_a_job_writes_to_a_url_and_is_begun_again_there(bucket: Any) -> None:
     assert batch(out="memory://bucket/loras") == 0
-    written = {path: memory.cat(path) for path in memory.find("/bucket/loras") if path.endswith(".safetensors")}
+    written = {path: bucket.cat(path) for path in bucket.find("/bucket/loras") if path.endswith(".safetensors")}
     assert len(written) == len(PROMPTS)
     gone = sorted(written)[0]
-    memory.rm(gone)
+    bucket.rm(gone)
     assert batch(out="memory://bucket/loras") == 0
-    assert memory.cat(gone) == written[gone]
+    assert bucket.cat(gone) == written[gone]

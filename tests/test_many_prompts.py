@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_forge import memory, strength
+from lora_forge import strength
 from lora_forge.batch import ModelView
 from lora_forge.clock import Clock
 from lora_forge.config.run import read_run_config
 from lora_forge.effect.measure import Shift, conditioning_shifts
+from lora_forge.jobs import memory
 from lora_forge.model import open_model
 from lora_forge.plan import Request, make_plan
 from lora_forge.plugins import discover

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -326,15 +325,6 @@ def test_a_preview_leaves_a_session_and_a_pipeline_in_memory_as_they_were(tiny_f
 
 
 # --- URLs
-
-
-@pytest.fixture
-def bucket() -> Any:
-    """fsspec's file system in memory, which stands for any that is not on this machine."""
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
 
 
 def test_a_url_gets_the_bytes_that_a_file_gets(bucket: Any) -> None:

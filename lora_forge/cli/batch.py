@@ -15,13 +15,13 @@ from lora_forge.cli.registry import open_registry
 from lora_forge.cli.run_options import as_layers, run_options
 from lora_forge.config.run import Choice, collect_run_config, read_toml
 from lora_forge.errors import ConfigError, UsageError, printable
+from lora_forge.jobs.reading import FORMATS
 
 if TYPE_CHECKING:
     from lora_forge.jobs.job import Job
     from lora_forge.jobs.progress import JobState
 
 _OF_ONE_RUN = ("prompt", "prompt_2", "output", "preview", "overwrite")
-_FORMATS = ("text", "csv", "tsv", "jsonl")
 
 
 @click.command(name="batch", short_help="Make a LoRA for each of many prompts.")
@@ -29,7 +29,10 @@ _FORMATS = ("text", "csv", "tsv", "jsonl")
 @click.option("--output-dir", required=True, metavar="DIR", help="the folder to write to: a path, or a URL")
 @click.option("--column", metavar="NAME", help="the column that holds the prompts  [default: prompt]")
 @click.option(
-    "--format", "input_format", type=click.Choice(_FORMATS), help="of the input  [default: as its name says, or text]"
+    "--format",
+    "input_format",
+    type=click.Choice(FORMATS),
+    help="of the input  [default: as its name says; text of stdin]",
 )
 @click.option("--batch-size", default="auto", metavar="N|auto", help="prompts to train side by side  [default: auto]")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads of a worker  [default: torch's own]")

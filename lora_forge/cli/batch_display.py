@@ -8,9 +8,9 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from lora_forge.cli.step_bar import step_bar
 from lora_forge.events import RunStart, StepFinish
 from lora_forge.hookspecs import hookimpl
 from lora_forge.jobs.progress import JobState, Line
@@ -24,21 +24,13 @@ class BatchProgress:
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._bar: RichProgress | None = None
-        self._state: JobState | None = None
         self._begun: tuple[float, int] | None = None  # when the first prompt started, and what was settled by then
         self._printed = time.monotonic()
         self._batch = ""
 
     def __enter__(self) -> BatchProgress:
         if self._console.is_terminal:
-            self._bar = RichProgress(
-                TextColumn("[progress.description]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[values]}"),
-                console=self._console,
-                transient=True,
-            )
+            self._bar = step_bar(self._console)
             self._bar.start()
             self._task = self._bar.add_task("loading", total=None, values="")
         return self
@@ -51,14 +43,13 @@ class BatchProgress:
 
     def watch(self, state: JobState, lines: Sequence[Line]) -> None:
         """Show the state, and each failure as it happens."""
-        self._state = state
         if self._begun is None:
             self._begun = (time.monotonic(), state.made + state.failed)
         for line in lines:
             if line["error"]:
                 words = f"row {line['row']}: {line['error']}"
                 self._console.print(f"[yellow]failed:[/] {escape(words)}", highlight=False, soft_wrap=True)
-        self._show(lines_due=time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES)
+        self._show(state)
 
     @hookimpl
     def lora_forge_run_started(self, event: RunStart) -> None:
@@ -69,14 +60,12 @@ class BatchProgress:
         if self._bar is not None and event.run.batch_id == self._batch:
             self._bar.update(self._task, description=f"step {event.step}/{event.run.iterations}")
 
-    def _show(self, *, lines_due: bool) -> None:
-        state = self._state
-        assert state is not None
+    def _show(self, state: JobState) -> None:
         values = f"{state.failed} failed" if state.failed else ""
         values += self._pace(state)
         if self._bar is not None:
             self._bar.update(self._task, completed=state.made + state.failed, total=state.prompts, values=values)
-        elif lines_due:
+        elif time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             self._console.print(f"{state.made}/{state.prompts} made  {values}", highlight=False, soft_wrap=True)
 
@@ -90,7 +79,7 @@ class BatchProgress:
 
 
 def print_state(state: JobState, output_dir: str) -> None:
-    """The end of a job, in two lines."""
+    """The end of a job, in a line."""
     console = Console(stderr=True)
     parts = [f"{state.made} made"]
     if state.earlier:

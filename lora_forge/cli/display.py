@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.progress import TimeRemainingColumn
 from rich.table import Column, Table
 
+from lora_forge.cli.step_bar import step_bar
 from lora_forge.events import RunStart, StepFinish
 from lora_forge.files.names import RECORD_KEY
 from lora_forge.hookspecs import hookimpl
@@ -33,15 +34,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal and self._iterations:
-            self._bar = RichProgress(
-                TextColumn("[progress.description]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[values]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
+            self._bar = step_bar(self._console, TimeRemainingColumn())
             self._bar.start()
             self._task = self._bar.add_task("loading", total=self._iterations, values="")
         return self

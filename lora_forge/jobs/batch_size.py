@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_forge.memory import bytes_per_prompt, free_memory
+from lora_forge.jobs.memory import bytes_per_prompt, free_memory
 from lora_forge.model import LoadedModel
 from lora_forge.plan import Plan, Request
 

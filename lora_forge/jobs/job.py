@@ -16,7 +16,7 @@ from lora_forge.jobs.manifest import Manifest
 from lora_forge.jobs.progress import JobState, Reporter, Watch
 from lora_forge.jobs.rows import Row
 from lora_forge.jobs.tasks import Entry, JobSettings, Plans, Prepared, compose, output_of, prepare
-from lora_forge.jobs.worker import Worker, out_of_memory
+from lora_forge.jobs.worker import Worker
 from lora_forge.like import record_differences
 from lora_forge.output import Place, place_of
 from lora_forge.plan import Chosen, Plan, Request, choose
@@ -129,7 +129,7 @@ def _start(
     batch_size = _kept(manifest, "batch_size") or job.batch_size
     if cast(ExecutorSpec, executor.supplied.spec).local:
         worker = Worker(settings, registry)
-        make_worker = functools.partial(_itself, worker)
+        make_worker = lambda: worker  # noqa: E731
         model = worker.model_for(plan)  # what is wrong with it is told before the first prompt
         batch_size = batch_size or _measured(plan, next(entries_of(prepared)), model)
     batch_size = batch_size or ELSEWHERE
@@ -140,6 +140,7 @@ def _start(
 
 def _measured(plan: Plan, entry: Entry, model: LoadedModel) -> int:
     from lora_forge.jobs.batch_size import batch_size_for
+    from lora_forge.jobs.memory import out_of_memory
 
     try:
         return batch_size_for(plan, Request(entry.prompt, None, entry.seed, None), model)
@@ -147,10 +148,6 @@ def _measured(plan: Plan, entry: Entry, model: LoadedModel) -> int:
         raise
     except Exception as error:  # of this one, perhaps; it is told where its turn comes
         return 1 if out_of_memory(error) else ELSEWHERE
-
-
-def _itself(worker: Worker) -> Worker:
-    return worker
 
 
 def _kept(manifest: Manifest, key: str) -> int | None:

@@ -54,7 +54,8 @@ class Input:
 def read_rows(source: str, *, column: str | None = None, format: str | None = None) -> Input:
     """The rows of a file, or of standard input if source is `-`.
 
-    format: text, csv, tsv or jsonl; None for what the suffix says, or text. column: the one that holds the prompts.
+    format: text, csv, tsv or jsonl; None for what the suffix says, and text of standard input. column: the one that
+    holds the prompts.
     Raises UsageError for what cannot be read, holds no row, or has no column of prompts.
     """
     kind = _format(source, format)

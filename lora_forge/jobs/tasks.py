@@ -14,7 +14,7 @@ from lora_forge.errors import LoraForgeError
 from lora_forge.files.names import file_stem
 from lora_forge.jobs.rows import Row
 from lora_forge.output import Place
-from lora_forge.plan import Plan, Request, make_plan, short_digest
+from lora_forge.plan import Plan, Request, make_plan
 from lora_forge.plugins import Registry
 
 
@@ -112,7 +112,7 @@ def prepare(rows: Iterable[Row], plans: Plans) -> Prepared:
             refused.append((row, str(error)))
             continue
         seed = plan.config.seed if row.seed is None else row.seed
-        id = short_digest(plan.record_of(Request(row.prompt, row.prompt_2, seed, None)))
+        id = plan.run_id(Request(row.prompt, row.prompt_2, seed, None))
         stem = row.name or f"{file_stem(row.prompt)}-{id}"
         own = [name.casefold() for name in file_names(plan, stem)]
         taken = next((name for name in own if name in names), None)

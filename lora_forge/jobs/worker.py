@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from lora_forge.errors import LoraForgeError, OutputError, RunFailed, UsageError
+from lora_forge.errors import LoraForgeError, OutputError, UsageError
 from lora_forge.jobs.tasks import Entry, JobSettings, Plans, Task, requests_of
 from lora_forge.output import place_of
 from lora_forge.plugins import Registry, discover
@@ -55,7 +54,7 @@ class Worker:
         self._most: int | None = None  # prompts that fit into memory, once it has run out
         hooks = [hook for _, hooks in self._registry.observers() for hook in hooks]
         self._observed = bool({"lora_forge_run_finished", "lora_forge_run_failed"} & set(hooks))
-        self._finished: SimpleQueue[RunResult | tuple[RunInfo, Exception]] = SimpleQueue()
+        self._finished: deque[RunResult | tuple[RunInfo, Exception]] = deque()
         self._told: set[str] = set()
 
     def model_for(self, plan: Plan) -> LoadedModel:
@@ -86,6 +85,8 @@ class Worker:
 
     def _train(self, plan: Plan, entries: Sequence[Entry]) -> Iterator[Part]:
         """Train all together, or, when that fails, in halves: down to the prompt that is to blame."""
+        from lora_forge.jobs.memory import out_of_memory, release_memory
+
         size = len(entries)
         if self._most and size > self._most:
             yield from self._halves(plan, entries)
@@ -98,7 +99,7 @@ class Worker:
                     yield from self._train(plan, [entry])  # a loss may spread what is not finite over the batch
         elif size > 1 and out_of_memory(part.error):
             self._most = size // 2
-            _free_memory()
+            release_memory()
             yield from self._halves(plan, entries)
         elif size == 1 or isinstance(part.error, UsageError):  # what was asked for is to blame, and no one prompt
             yield part
@@ -159,8 +160,9 @@ class Worker:
                     error = failure
             seconds = part.seconds / len(part.entries) + time.perf_counter() - start
             run = part.runs[index]
-            if self._observed:
-                self._finished.put(result or (run, error or RunFailed("was not made")))
+            ended = (run, error) if error else result
+            if ended and self._observed:
+                self._finished.append(ended)
             yield _line(task, entry, run, len(part.entries), seconds, result, error)
 
     def close(self) -> None:
@@ -173,11 +175,8 @@ class Worker:
         """Tell observers how runs ended that were saved meanwhile, on the thread on which they heard of the rest."""
         from lora_forge.runner import announce_failure, announce_result
 
-        while True:
-            try:
-                one = self._finished.get_nowait()
-            except Empty:
-                return
+        while self._finished:
+            one = self._finished.popleft()
             if isinstance(one, tuple):
                 self._tell(announce_failure(self._registry, *one))
             else:
@@ -233,19 +232,6 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, LoraForgeError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory had run out, on the device or here; it may be the cause of what says so in our words."""
-    import torch
-
-    while error is not None:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return True
-        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # PyTorch's, of the CPU's memory
-            return True
-        error = error.__cause__
-    return False
-
-
 def _forget_frames(error: BaseException | None) -> None:
     """Let go of what the frames hold that an error, and its causes, went through: a batch's memory."""
     while error is not None:
@@ -253,11 +239,3 @@ def _forget_frames(error: BaseException | None) -> None:
         if error.__context__ is not error.__cause__:
             _forget_frames(error.__context__)
         error = error.__cause__
-
-
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

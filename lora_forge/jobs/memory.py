@@ -1,7 +1,8 @@
-"""What a prompt takes of memory in a batch, and how much there is."""
+"""What a prompt takes of memory in a batch, how much there is, and whether it ran out."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import psutil
@@ -54,3 +55,21 @@ def free_memory(device: str) -> int:
     except (OSError, ValueError):  # no such group, or "max"
         return free
     return min(free, most - used)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory had run out, on the device or here; it may be the cause of what says so in our words."""
+    while error is not None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # PyTorch's, of the CPU's memory
+            return True
+        error = error.__cause__
+    return False
+
+
+def release_memory() -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
