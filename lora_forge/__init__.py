@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lora_forge.comparison.results import Results as Results
+    from lora_forge.comparison.results import read_results as read_results
     from lora_forge.hookspecs import hookimpl as hookimpl
     from lora_forge.records import BackendSpec as BackendSpec
     from lora_forge.records import ExecutorSpec as ExecutorSpec
@@ -35,6 +37,8 @@ _HOMES = {
     "FileLayout": "records",
     "RunResult": "result",
     "Session": "session",
+    "Results": "comparison.results",
+    "read_results": "comparison.results",
     "load": "session",
     "run": "session",
 }

@@ -7,16 +7,18 @@ what the loss declares it needs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from lora_forge.bank import BankSlot
-from lora_forge.contracts import Backend, EncoderOutput, Tokens
-from lora_forge.errors import UndeclaredNeed
+from lora_forge.bank import Bank, BankSlot
+from lora_forge.contracts import Backend, EncoderOutput, TargetLayer, Tokens
+from lora_forge.errors import ObjectiveError, UndeclaredNeed
 from lora_forge.seeds import generator_for
 
+OWN_PROMPT = "{prompt}"
 Texts = tuple[tuple[str, tuple[str, ...]], ...]  # ((encoder, one text per prompt), …)
 
 
@@ -60,10 +62,10 @@ class ModelView:
         self.step += 1
         self._cut = self.content_only and self.backend.causal
 
-    def begin_evaluation(self) -> None:
-        """As `begin_step`, outside the step loop: losses see the first step's noise again."""
+    def begin_evaluation(self, draw: int = 1) -> None:
+        """As `begin_step`, outside the step loop: losses see the noise of the first step again, or of another."""
         self._adapted.clear()
-        self.step = 1
+        self.step = draw
         self._cut = False
 
     def tokens(self, texts: Texts) -> dict[str, Tokens]:
@@ -164,13 +166,25 @@ class Batch:
         return self._view.outputs(self._view.texts, adapted=False, masked=masked)
 
     def encode(self, text: str | Sequence[str], *, adapted: bool, masked: bool = False) -> dict[str, EncoderOutput]:
-        """The same for other text: one for all prompts, or one per prompt."""
+        """The same for other text: one for all prompts, or one per prompt.
+
+        In a text, `{prompt}` stands for the prompt's own, as that encoder reads it.
+        """
         self._require("text")
+        return self._view.outputs(self._filled(text), adapted=adapted, masked=masked)
+
+    def tokenize(self, text: str | Sequence[str]) -> dict[str, Tokens]:
+        """Token ids and masks of other text per encoder, `(prompts, length)`, as `encode` reads it."""
+        return self._view.tokens(self._filled(text))
+
+    def _filled(self, text: str | Sequence[str]) -> Texts:
         rows = (text,) * self.prompts if isinstance(text, str) else tuple(text)
         if len(rows) != self.prompts:
             raise ValueError(f"{len(rows)} texts for {self.prompts} prompts")
-        texts = tuple((encoder, rows) for encoder in self.encoders)
-        return self._view.outputs(texts, adapted=adapted, masked=masked)
+        return tuple(
+            (encoder, tuple(row.replace(OWN_PROMPT, prompt) for row, prompt in zip(rows, prompts, strict=True)))
+            for encoder, prompts in self._view.texts
+        )
 
     def conditioning(self, outputs: Mapping[str, EncoderOutput]) -> dict[str, torch.Tensor]:
         """What the denoiser is conditioned on, by name, each `(prompts, …)`, from encoder outputs."""
@@ -206,13 +220,101 @@ class Batch:
         """Noise predicted for `latents` `(prompts, *latent_shape)` at `timesteps` `(prompts,)`.
 
         outputs: the conditioning, as `adapted()`, `frozen()` or `encode()` gave it. The frozen model
-        predicts without gradient. Raises UndeclaredNeed unless the loss needs `noise_prediction`.
+        predicts without gradient. Several predictions for each prompt are made in one call where everything has
+        `prompts · k` rows, the k of one prompt side by side. Raises UndeclaredNeed unless the loss needs
+        `noise_prediction`.
         """
         self._require("noise_prediction")
         if adapted:
             return self._view.backend.predict_noise(latents, timesteps, outputs)
         with torch.no_grad(), self._view.slot.frozen():
             return self._view.backend.predict_noise(latents, timesteps, outputs)
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """ᾱ of each training timestep, `(train_timesteps,)` float32: √ᾱ_t · x + √(1 - ᾱ_t) · noise is a latent at t.
+
+        Raises UndeclaredNeed unless the loss needs `noise_prediction`, ObjectiveError where the model's family has
+        no such schedule.
+        """
+        self._require("noise_prediction")
+        try:
+            return self._view.backend.alphas_cumprod().to(self._view.device)
+        except NotImplementedError as error:
+            needed = f"loss {self._loss!r} needs the model's noise schedule"
+            raise ObjectiveError(f"{needed}, which the backend of {self._view.backend.family} does not give") from error
+
+    def cross_attention(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        outputs: Mapping[str, EncoderOutput],
+        *,
+        adapted: bool,
+    ) -> dict[str, torch.Tensor]:
+        """What each place of the denoiser's layers attends to in the text, as it predicts noise for `latents`.
+
+        Called as `predict_noise`. Per cross-attention layer, by its path, `(prompts, height, width, tokens)` float32:
+        probabilities over the tokens, the mean over the layer's heads. The frozen model's are without gradient.
+        Raises UndeclaredNeed unless the loss needs `attention`.
+        """
+        self._require("attention")
+        if adapted:
+            return self._view.backend.cross_attention(latents, timesteps, outputs)
+        with torch.no_grad(), self._view.slot.frozen():
+            return self._view.backend.cross_attention(latents, timesteps, outputs)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures `(prompts, 3, height, width)` float32 in [0, 1] of latents without noise, with gradient to them.
+
+        Raises UndeclaredNeed unless the loss needs `vae`.
+        """
+        self._require("vae")
+        return self._view.backend.decode(latents)
+
+    @contextmanager
+    def negated(self) -> Iterator[None]:
+        """Within this, the adapted model has -ΔW in it: the LoRA used at the scale -1.
+
+        What it gives there has a gradient as ever. The bank's scale changes its sign, for all prompts.
+        """
+        bank, kept = self._bank, self._view._adapted
+        bank.scale, self._view._adapted = -bank.scale, {}
+        try:
+            yield
+        finally:
+            bank.scale, self._view._adapted = -bank.scale, kept
+
+    @property
+    def layers(self) -> tuple[TargetLayer, ...]:
+        """The target layers, of all components, loaded or not."""
+        return tuple(self._bank.layers.values())
+
+    def weight(self, layer: TargetLayer) -> torch.Tensor:
+        """A target layer's frozen weight `(out, in)`, float32, not to be changed.
+
+        Raises UndeclaredNeed unless something that the loss needs has the layer's component loaded, ObjectiveError for
+        a backend that gives no weights.
+        """
+        if type(self._view.backend).weight is Backend.weight:
+            raise ObjectiveError(f"loss {self._loss!r} reads the model's weights, which its backend does not give")
+        weight = self._view.backend.weight(layer.component, layer.name)
+        if weight is None:
+            raise UndeclaredNeed(
+                f"loss {self._loss!r} asks for a weight of {layer.component}, which no need of its spec has loaded"
+            )
+        return weight
+
+    def low_rank(self, layer: TargetLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        """A target layer's LoRA as left `(prompts, out, rank)` and right `(prompts, rank, in)`: ΔW is left @ right."""
+        lora_a, lora_b = self._bank.pairs[layer.key]
+        return self._bank.scale * lora_b, lora_a
+
+    @property
+    def _bank(self) -> Bank:
+        bank = self._view.slot.bank
+        assert bank is not None  # a loss is called with one in place
+        return bank
 
     def _require(self, need: str) -> None:
         if need not in self._needs:

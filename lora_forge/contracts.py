@@ -41,8 +41,43 @@ class TargetLayer:
 
 
 @dataclass(frozen=True)
+class LayerGradient:
+    """One prompt's gradient of the objective with respect to a layer's frozen weight, as its two factors.
+
+    outputs: `(rows, out)`, the gradient at the layer's output. inputs: `(rows, in)`, the layer's input. Both float32
+    on the CPU, not to be changed; there is a row for each token, or place of a latent, at each use of the layer.
+    """
+
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+
+    def matrix(self) -> torch.Tensor:
+        """The gradient itself, `outputsᵀ @ inputs`, `(out, in)`."""
+        return self.outputs.T @ self.inputs
+
+    def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Thin singular value decomposition of `matrix()`: U `(out, k)`, σ `(k,)` descending, Vᵀ `(k, in)`.
+
+        k is the least of rows, out and in. It is made from the QR decompositions of the factors, without the matrix,
+        so that its cost goes with the rows. In each row of Vᵀ the number of largest size is positive.
+        """
+        import torch
+
+        (q_out, r_out), (q_in, r_in) = torch.linalg.qr(self.outputs.T), torch.linalg.qr(self.inputs.T)
+        inner_u, sigma, inner_vt = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+        u, vt = q_out @ inner_u, inner_vt @ q_in.T
+        largest = vt.gather(1, vt.abs().argmax(dim=1, keepdim=True))
+        signs = torch.where(largest < 0, -1.0, 1.0)
+        return u * signs.T, sigma, vt * signs
+
+
+@dataclass(frozen=True)
 class InitialLayer:
-    """What an initializer is given: the layer's sizes, the rank, and a CPU generator seeded for it alone."""
+    """What an initializer is given: the layer's sizes, the rank, and a CPU generator seeded for it alone.
+
+    gradient: of the objective before the first step, B being zero, if the spec asks for it. None for a layer that the
+        objective cannot reach, and where the gradient is not finite.
+    """
 
     component: str
     name: str
@@ -50,6 +85,7 @@ class InitialLayer:
     in_features: int
     rank: int
     generator: torch.Generator
+    gradient: LayerGradient | None = None
 
 
 class Initializer(Protocol):
@@ -62,6 +98,30 @@ class Loss(Protocol):
     """One term of the objective: one value per prompt, shape `(prompts,)`, smaller is better."""
 
     def __call__(self, batch: Batch, /) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class SolveRequest:
+    """What a closed-form loss is given, once for all prompts of a batch.
+
+    batch: the prompts, the target layers, their frozen weights. rank, alpha: ΔW of a layer is `alpha / rank · B @ A`.
+    """
+
+    batch: Batch
+    rank: int
+    alpha: float
+
+
+class Solver(Protocol):
+    """A loss whose best LoRA weights are computed instead of trained (`LossSpec.closed_form`)."""
+
+    def __call__(self, batch: Batch, /) -> torch.Tensor: ...
+
+    def solve(self, request: SolveRequest, /) -> LoraWeights:
+        """A `(prompts, rank, in)` and B `(prompts, out, rank)` of any of the target layers.
+
+        Layers it leaves out stay as the initializer made them. Called without gradient.
+        """
 
 
 class OptimizerFactory(Protocol):
@@ -256,6 +316,10 @@ class Backend(ABC):
         """Each token as text that people can read, row by row; here, its number."""
         return [[str(token) for token in row] for row in tokens.input_ids.tolist()]
 
+    def weight(self, component: str, layer: str) -> torch.Tensor | None:
+        """A layer's frozen weight `(out, in)`, float32, not to be changed; None when its component is not loaded."""
+        raise NotImplementedError
+
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape of one latent, `(channels, height, width)`."""
         raise NotImplementedError
@@ -264,6 +328,27 @@ class Backend(ABC):
         self, latents: torch.Tensor, timesteps: torch.Tensor, outputs: Mapping[str, EncoderOutput]
     ) -> torch.Tensor:
         """Noise predicted for `latents` `(prompts, *latent_shape)` at `timesteps` `(prompts,)`, float32."""
+        raise NotImplementedError
+
+    def alphas_cumprod(self) -> torch.Tensor:
+        """ᾱ of each training timestep, `(train_timesteps,)` float32: √ᾱ_t · x + √(1 - ᾱ_t) · noise is a latent at t."""
+        raise NotImplementedError
+
+    def cross_attention(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, outputs: Mapping[str, EncoderOutput]
+    ) -> dict[str, torch.Tensor]:
+        """What each place of the denoiser's layers attends to in the text, as it predicts noise for `latents`.
+
+        Per layer, by its path, `(prompts, height, width, tokens)` float32: probabilities, the mean over the layer's
+        heads, with gradient; those of one place sum to 1.
+        """
+        raise NotImplementedError
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures `(prompts, 3, height, width)` float32 in [0, 1] of latents without noise, with gradient to them.
+
+        The VAE is loaded, frozen, when this is first called, and let go by `release`.
+        """
         raise NotImplementedError
 
     def pipeline(self) -> Any:

@@ -12,8 +12,8 @@ from lora_forge.model import LoadedModel
 from lora_forge.plan import Plan, Request
 from lora_forge.result import RunResult
 from lora_forge.saving import save_lora, write_report
-from lora_forge.strength import strength_warnings
-from lora_forge.training import Trained
+from lora_forge.training.strength import strength_warnings
+from lora_forge.training.train import Trained
 
 if TYPE_CHECKING:
     from lora_forge.preview.of_run import RunPreview
@@ -72,9 +72,12 @@ def _result(
         rank=plan.rank,
         alpha=plan.alpha,
         steps=steps,
-        before=steps[0] if steps else after,
+        before=trained.before[index],
         after=after,
+        updates=trained.updates[index],
         effect=effect,
+        measured=trained.measured[index],
+        probe=trained.probes[index] if trained.probes else None,
         inert=tuple(f"{component}.{layer}" for component, layer in reach.inert),
         dropped=saved.dropped,
         padded=saved.padded,

@@ -62,7 +62,7 @@ class _Product(torch.autograd.Function):
 
 def _times_transposed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x `(…, in)` @ Wᵀ + bias, `(…, out)`."""
-    if not _has_arithmetic(weight.dtype):
+    if not has_arithmetic(weight.dtype):
         wide = _times_transposed(x.float(), _widened(weight), None if bias is None else bias.float())
         return wide.to(x.dtype)
     if x.numel() < MANY_ROWS * x.shape[-1] and _has_onednn():
@@ -73,7 +73,7 @@ def _times_transposed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 
 def _times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x `(…, out)` @ W, `(…, in)`."""
-    if not _has_arithmetic(weight.dtype):
+    if not has_arithmetic(weight.dtype):
         return _times(x.float(), _widened(weight)).to(x.dtype)
     rows = x.numel() // x.shape[-1]
     if rows >= MANY_ROWS // 3 or weight.dtype is not torch.float32 or not _narrow_is_slow():
@@ -109,7 +109,7 @@ def _narrow_is_slow() -> bool:
 
 
 @lru_cache
-def _has_arithmetic(dtype: torch.dtype) -> bool:
+def has_arithmetic(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies numbers of this dtype itself."""
     if dtype is torch.bfloat16:
         return bool(_onednn._is_mkldnn_bf16_supported())

@@ -136,17 +136,20 @@ def differences(earlier: Earlier, run: Mapping[str, Any], config: RunConfig, ver
 def _layer(run: Mapping[str, Any]) -> dict[str, Any]:
     layer = {key: run[key] for key in _SCALARS if run[key] is not None}
     layer["dtype_out"] = run.get("dtype_out", "float32")  # what files without it have
-    layer |= {"tf32": True} if run.get("tf32") else {}
+    layer |= {key: run[key] for key in ("tf32", "keep", "stop_when") if run.get(key)}
     if layer.get("base_model") == IN_MEMORY:
         del layer["base_model"]
-    layer["loss"] = [
-        {"name": _name(one), "weight": one["weight"], "options": dict(one["options"])} for one in run["loss"]
-    ]
+    layer["loss"] = [_term(one) for one in run["loss"]]
     layer |= {kind: {"name": _name(run[kind]), "options": dict(run[kind]["options"])} for kind in (*_KINDS, "saver")}
     layer["backend_options"] = {key: value for key, value in run["backend"]["options"].items() if value is not None}
     for _, one in _supplied(run):
         one["version"], one["module"]  # what `check_earlier` reads: a record without them is damaged
     return layer
+
+
+def _term(one: Mapping[str, Any]) -> dict[str, Any]:
+    schedule = {"schedule": one["schedule"]} if "schedule" in one else {}
+    return {"name": _name(one), "weight": one["weight"], **schedule, "options": dict(one["options"])}
 
 
 def _supplied(run: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

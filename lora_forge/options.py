@@ -1,7 +1,8 @@
 """Typed options of plugins: read from text or from TOML/JSON values, checked, and described.
 
 An options type is a dataclass. Field types: `bool`, `int`, `float`, `str`, `Path`, `Literal`, `Enum`,
-`Optional[...]`, `list[...]`, `tuple[...]`. Field metadata: `help`, `min`, `max`, `above`.
+`Optional[...]`, `list[...]`, `tuple[...]`. Field metadata: `help`, `min`, `max`, `above`; `read` is a callable that
+makes the value of what was given, and raises `Unfit`, where the type alone does not say how.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def parse_options(options_type: type, given: Mapping[str, Any], *, key: str) -> 
             problems.append(Problem(f"{key}.{name}", f"unknown option{nearest(name, fields) or '; it has none'}"))
             continue
         try:
-            values[name] = read_value(hints[name], value)
+            read = fields[name].metadata.get("read")
+            values[name] = read(value) if read else read_value(hints[name], value)
             check_bounds(values[name], fields[name].metadata)
         except Unfit as error:
             problems.append(Problem(f"{key}.{name}", str(error)))

@@ -2,64 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lora_forge.choices import Chosen, ChosenTerm, choose, choose_savers, choose_terms, solved, with_learning_rate
 from lora_forge.config.model import ModelConfig, expand_targets, read_model_config
 from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, DEFAULT_SAVER, Choice, RunConfig
 from lora_forge.contracts import BackendRequest
-from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, PluginError, Problem, blaming
+from lora_forge.errors import ConfigError, LoraForgeError, ObjectiveError, Problem, blaming
 from lora_forge.files.header import nothing_at
 from lora_forge.naming import OutputFiles, name_files
-from lora_forge.options import parse_options, plain
-from lora_forge.plugins import Registry, Supplied, build
+from lora_forge.plugins import Registry
 from lora_forge.recognition import recognized_backend
-from lora_forge.records import NEEDS, BackendSpec, LossSpec, OptimizerSpec, SaverSpec
+from lora_forge.records import BackendSpec, OptimizerSpec, SaverSpec
 
 if TYPE_CHECKING:
     from lora_forge.output import Place
 
 IN_MEMORY = "in memory"  # the base model of a run on a pipeline
 NO_PROMPT = 'is missing or empty; give one with --prompt "a steampunk owl", or as `prompt` in a run config'
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A spec, who supplied it, and the options it will be built with."""
-
-    supplied: Supplied
-    options: Any
-
-    @property
-    def name(self) -> str:
-        return self.supplied.spec.name
-
-    def build(self) -> Callable[..., Any]:
-        return build(self.supplied, self.options)
-
-    def record(self) -> dict[str, Any]:
-        """Name, options and provenance, as written into the file's metadata."""
-        return {**self.supplied.provenance(), "options": _portable_options(self.options)}
-
-
-@dataclass(frozen=True)
-class ChosenTerm:
-    """A loss in the objective: its label, weight, and what it needs under its options."""
-
-    label: str
-    weight: float
-    needs: frozenset[str]
-    chosen: Chosen
-
-    @property
-    def spec(self) -> LossSpec:
-        return cast(LossSpec, self.chosen.supplied.spec)
 
 
 @dataclass(frozen=True)
@@ -81,6 +47,7 @@ def short_digest(value: Any) -> str:
 class Plan:
     """What will be done. `load` are the components to load, `encoders` the text encoders to run.
 
+    terms: what is trained. measured: losses that are only evaluated, before and after.
     init_from: the earlier file's name and sha256, read once.
     """
 
@@ -89,6 +56,7 @@ class Plan:
     backend: Chosen
     initializer: Chosen
     terms: tuple[ChosenTerm, ...]
+    measured: tuple[ChosenTerm, ...]
     optimizer: Chosen
     savers: tuple[Chosen, ...]
     base_model: str
@@ -111,6 +79,11 @@ class Plan:
     @property
     def saver_specs(self) -> tuple[SaverSpec, ...]:
         return tuple(cast(SaverSpec, saver.supplied.spec) for saver in self.savers)
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the weights are solved for, in place of the step loop."""
+        return solved(self.terms)
 
     def files(self, output: Place) -> OutputFiles:
         """What a run with this output writes. Raises OutputError for a name that will not do."""
@@ -139,9 +112,11 @@ class Plan:
             "dtype_out": config.dtype_out,
             "inert": config.inert,
             "init_from": self.init_from,
+            **({"keep": config.keep} if config.keep != "last" else {}),
+            **({"stop_when": list(config.stop_when)} if config.stop_when else {}),
             "strength": config.strength,
             "target_shift": config.target_shift,
-            "loss": [{"label": t.label, "weight": t.weight, **t.chosen.record()} for t in self.terms],
+            "loss": [term.record() for term in self.terms],
             "initializer": self.initializer.record(),
             "optimizer": self.optimizer.record(),
             "saver": [saver.record() for saver in self.savers],
@@ -179,9 +154,10 @@ def make_plan(
     base_model = config.base_model or (model.base_model if model else None)
     backend = _backend(registry, config, model, IN_MEMORY if in_memory else base_model, problems)
     initializer = choose(registry, "initializer", config.initializer, problems)
-    optimizer = choose(registry, "optimizer", _with_learning_rate(registry, config.optimizer, model), problems)
-    savers = _savers(registry, config, problems)
-    terms = _terms(registry, config, problems)
+    optimizer = choose(registry, "optimizer", with_learning_rate(registry, config.optimizer, model), problems)
+    savers = choose_savers(registry, config.saver, problems)
+    terms = choose_terms(registry, config.loss, problems)
+    measured = choose_terms(registry, config.measure, problems)
     if model and not base_model and not in_memory:
         problems.append(Problem("base_model", f"model config {model.name!r} names none; give one"))
     if config.init_from and not os.path.exists(config.init_from):
@@ -190,20 +166,21 @@ def make_plan(
         problems += _without_consequences(_against_architecture(model, backend, base_model, config), problems)
     if problems or not (model and backend and initializer and optimizer and savers):
         raise ConfigError(source if mistakes else "", problems)
-    load, encoders = _components(cast(BackendSpec, backend.supplied.spec), model, terms, config)
+    load, encoders = _components(cast(BackendSpec, backend.supplied.spec), model, terms, measured, config)
     return Plan(
         config=config,
         model=model,
         backend=backend,
         initializer=initializer,
         terms=terms,
+        measured=measured,
         optimizer=optimizer,
         savers=savers,
         base_model=IN_MEMORY if in_memory or not base_model else base_model,
         rank=config.rank or model.lora_rank,
         alpha=config.alpha or model.lora_alpha,
-        iterations=_first(config.iterations, model.iterations, DEFAULT_ITERATIONS),
-        l2=_first(config.l2, model.regularization_strength, DEFAULT_L2),
+        iterations=0 if solved(terms) else _first(config.iterations, model.iterations, DEFAULT_ITERATIONS),
+        l2=0.0 if solved(terms) else _first(config.l2, model.regularization_strength, DEFAULT_L2),
         load=load,
         encoders=encoders,
         init_from=_named_file(config.init_from),
@@ -261,13 +238,18 @@ def _without_consequences(problems: Sequence[Problem], earlier: Sequence[Problem
 
 
 def _components(
-    backend: BackendSpec, model: ModelConfig, terms: tuple[ChosenTerm, ...], config: RunConfig
+    backend: BackendSpec,
+    model: ModelConfig,
+    terms: tuple[ChosenTerm, ...],
+    measured: tuple[ChosenTerm, ...],
+    config: RunConfig,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Which components to load and which encoders to run: under `text` alone, the encoders with target layers."""
     needs = frozenset[str]().union(*(term.needs for term in terms))
-    unserved = needs - set(backend.reaches)
+    all_needs = needs.union(*(term.needs for term in measured))
+    unserved = all_needs - set(backend.reaches)
     if unserved:
-        asking = next(term.label for term in terms if term.needs & unserved)
+        asking = next(term.label for term in (*terms, *measured) if term.needs & unserved)
         raise ObjectiveError(
             f"loss {asking!r} needs {', '.join(sorted(unserved))}, which backend {backend.name!r} does not provide"
         )
@@ -279,7 +261,8 @@ def _components(
             f"{', '.join(sorted(reachable)) or 'nothing'}, but the target layers of {model.name!r} "
             f"are in {', '.join(sorted(targeted)) or 'no component'}: nothing would be trained"
         )
-    load = targeted & reachable if needs <= {"text"} else reachable
+    asked_for = {component for need in all_needs for component in backend.reaches[need]}
+    load = targeted & asked_for if all_needs <= {"text"} else asked_for
     encoders = tuple(encoder for encoder in backend.encoders if encoder in load)
     if config.prompt_2 is not None and not set(encoders) & set(backend.encoders[1:]):
         raise ObjectiveError("prompt_2: no second text encoder is in use that would read it")
@@ -307,68 +290,6 @@ def _backend(
     return choose(registry, "backend", Choice(name, config.backend_options), problems)
 
 
-def _terms(registry: Registry, config: RunConfig, problems: list[Problem]) -> tuple[ChosenTerm, ...]:
-    terms: list[ChosenTerm] = []
-    for choice in config.loss:
-        chosen = choose(registry, "loss", choice, problems)
-        if chosen is None:
-            continue
-        spec = cast(LossSpec, chosen.supplied.spec)
-        same = sum(term.chosen.name == spec.name for term in terms)
-        label = f"{spec.name}#{same + 1}" if same else spec.name
-        try:
-            terms.append(ChosenTerm(label, choice.weight, _needs(spec, chosen), chosen))
-        except PluginError as error:
-            problems.append(Problem("loss", str(error)))
-    return tuple(terms)
-
-
-def _savers(registry: Registry, config: RunConfig, problems: list[Problem]) -> tuple[Chosen, ...]:
-    chosen = [choose(registry, "saver", choice, problems) for choice in config.saver]
-    names = [one.name for one in chosen if one]
-    problems += [Problem("saver", f"{name!r} is given twice") for name in dict.fromkeys(names) if names.count(name) > 1]
-    return tuple(one for one in chosen if one)
-
-
-def _needs(spec: LossSpec, chosen: Chosen) -> frozenset[str]:
-    try:
-        needs = spec.needs_for(chosen.options)
-        unknown = sorted(needs - set(NEEDS))
-        if unknown:
-            raise ValueError(f"{', '.join(map(repr, unknown))} is no need; known: {', '.join(NEEDS)}")
-        return needs
-    except Exception as error:
-        name = chosen.supplied.qualified_name
-        raise PluginError(f"loss {name!r} cannot say what it needs: {type(error).__name__}: {error}") from error
-
-
-def choose(registry: Registry, kind: str, choice: Choice, problems: list[Problem]) -> Chosen | None:
-    """The plugin of this name with checked options, or None, and the mistakes among `problems`."""
-    try:
-        supplied = registry.resolve(kind, choice.name)
-    except LoraForgeError as error:
-        problems.append(Problem(kind, str(error)))
-        return None
-    options, mistakes = parse_options(supplied.spec.options, choice.options, key=supplied.spec.name)
-    problems += mistakes
-    return None if mistakes else Chosen(supplied, options)
-
-
-def _with_learning_rate(registry: Registry, choice: Choice, model: ModelConfig | None) -> Choice:
-    """A model config's `learning_rate` fills `lr` of an optimizer that has one, unless its `model_config` is False."""
-    if model is None or model.learning_rate is None:
-        return choice
-    try:
-        options = registry.resolve("optimizer", choice.name).spec.options
-    except LoraForgeError:
-        return choice  # reported where it is chosen
-    if not any(
-        field.name == "lr" and field.metadata.get("model_config", True) for field in dataclasses.fields(options)
-    ):
-        return choice
-    return Choice(choice.name, {"lr": model.learning_rate, **choice.options})
-
-
 def _first(*candidates: Any) -> Any:
     return next(value for value in candidates if value is not None)
 
@@ -385,14 +306,3 @@ def _named_file(path: Path | None) -> str | None:
             digest.update(f"{one.relative_to(path).as_posix()}\0{one.stat().st_size}\0".encode())
         digest.update(one.read_bytes())
     return f"{path.name} sha256:{digest.hexdigest()}"
-
-
-def _portable_options(options: Any) -> dict[str, Any]:
-    """An options instance as JSON-ready values; of a path of this machine, the last part only."""
-    return {f.name: plain(_last_part(getattr(options, f.name))) for f in dataclasses.fields(options)}
-
-
-def _last_part(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_last_part(item) for item in value]
-    return value.name if isinstance(value, Path) else value

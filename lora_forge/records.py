@@ -47,9 +47,15 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class InitializerSpec(Spec):
-    """Supplies the initial A and B of a target layer; see `lora_forge.contracts.Initializer`."""
+    """Supplies the initial A and B of a target layer; see `lora_forge.contracts.Initializer`.
+
+    gradient: it is given the objective's first gradient (`InitialLayer.gradient`), which takes a forward and a
+        backward pass before the first step.
+    """
 
     kind: ClassVar[str] = "initializer"
+
+    gradient: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,8 @@ class LossSpec(Spec):
     tokens: `content` if it reads no output, token or mask beyond a text's end token, nor compares texts position by
         position. Where all losses of a run say so, and the encoders are causal, what it is given may end with the
         longest of the texts it asks for; the values are the same.
+    closed_form: what the factory gives has a method `solve` too (`lora_forge.contracts.Solver`), which is called in
+        place of the step loop where this is the objective's only term.
     """
 
     kind: ClassVar[str] = "loss"
@@ -73,6 +81,7 @@ class LossSpec(Spec):
     source: str = "ours"
     capturable: bool = False
     tokens: Literal["all", "content"] = "all"
+    closed_form: bool = False
 
     def needs_for(self, options: Any) -> frozenset[str]:
         """The needs under these options."""

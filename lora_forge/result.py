@@ -11,6 +11,7 @@ from lora_forge.events import RunInfo
 if TYPE_CHECKING:
     from lora_forge.contracts import LoraWeights
     from lora_forge.effect.measure import Effect
+    from lora_forge.effect.probe import Probe
     from lora_forge.output import Place
 
 
@@ -34,8 +35,11 @@ class RunResult:
     files: all files written, `path` first.
     weights: `dict[component, dict[layer, {"lora_A": (rank, in), "lora_B": (out, rank)}]]`, float32, CPU,
         all layers, whatever the file leaves out.
-    steps: the objective before each update. loss_before, loss_after: before the first update, and of the
-        weights as saved.
+    steps: the objective before each update. updates: how many the weights have behind them: fewer than there were
+        iterations where training stopped early, or an earlier iterate was the best. loss_before, loss_after: before the
+        first update, and of the weights as saved.
+    measured: losses that were evaluated and not trained, (before, after) by label. probe: what else was measured, if
+        that was asked for.
     inert: layers the objective cannot reach, as `component.layer`; dropped: those of them the file leaves
         out; padded: layers of zeros that the file format demands.
     metadata: what the run records in the file, beside what its saver adds.
@@ -53,7 +57,10 @@ class RunResult:
     steps: tuple[Values, ...] = field(repr=False)
     before: Values
     after: Values
+    updates: int
     effect: Effect
+    measured: Mapping[str, tuple[float, float]]
+    probe: Probe | None = field(repr=False)
     inert: tuple[str, ...] = field(repr=False)
     dropped: tuple[str, ...] = field(repr=False)
     padded: tuple[str, ...] = field(repr=False)
@@ -89,7 +96,10 @@ class RunResult:
             "before": self.before.as_dict(),
             "after": self.after.as_dict(),
             "steps": [values.as_dict() for values in self.steps],
+            "updates": self.updates,
             "effect": self.effect.as_dict(),
+            **({"measured": {label: list(pair) for label, pair in self.measured.items()}} if self.measured else {}),
+            **({"probe": self.probe.as_dict()} if self.probe else {}),
             "inert_layers": len(self.inert),
             "dropped_layers": len(self.dropped),
             "padded_layers": list(self.padded),

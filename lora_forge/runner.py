@@ -12,7 +12,7 @@ from lora_forge.model import LoadedModel
 from lora_forge.plan import Plan, Request, short_digest
 from lora_forge.plugins import Registry
 from lora_forge.result import RunResult
-from lora_forge.training import train
+from lora_forge.training.train import train
 
 
 def forge(

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_forge import __version__
+from lora_forge.choices import Chosen
 from lora_forge.contracts import LayerKey, LoraWeights, SaveReport, SaveRequest
 from lora_forge.errors import LoraForgeError, OutputError, PluginError, RunFailed, blaming
 from lora_forge.files.names import RECORD_KEY
 from lora_forge.naming import OutputFiles
 from lora_forge.output import Place, appearing, check_output, place_of
-from lora_forge.plan import Chosen, Plan, Request, portable
+from lora_forge.plan import Plan, Request, portable
 
 if TYPE_CHECKING:
     from lora_forge.effect.measure import Effect

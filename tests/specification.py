@@ -41,7 +41,7 @@ def forge(
     iterations: int,
     l2: float = 1e-5,
     lr: float = 1e-4,
-    foreach: bool = False,
+    fused: bool = False,
 ) -> Outcome:
     pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     present = [name for name in ENCODERS if hasattr(pipe, name)]
@@ -59,7 +59,7 @@ def forge(
             layers[component][name].lora_A["default"].weight.data.copy_(pair["lora_A"])
             layers[component][name].lora_B["default"].weight.data.copy_(pair["lora_B"])
     parameters = [p for model in adapted.values() for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, foreach=foreach)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, fused=fused)
     encoders = [name for name in present if name in adapted]
     tokens = {}
     for name in encoders:

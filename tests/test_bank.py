@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from lora_forge import bank as bank_module
 from lora_forge.bank import Bank, BankLinear, BankSlot, inject
 from lora_forge.contracts import LoraWeights, TargetLayer
 from lora_forge.errors import ModelError
@@ -208,3 +209,40 @@ def test_a_bank_layer_keeps_the_dtype_of_the_frozen_layer() -> None:
     layer.slot.bank = bank
     assert layer(torch.randn(2, 6, 7, dtype=torch.bfloat16)).dtype is torch.bfloat16
     assert bank.parameter.dtype is torch.float32
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_in_16_bits_the_low_rank_term_and_its_gradients_are_those_of_float32_to_the_rounding(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bank_module, "has_arithmetic", lambda dtype: native)
+    torch.manual_seed(0)
+    made = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        bank = Bank([TargetLayer("c", "layer", 32, 48)], rank=4, alpha=8.0, prompts=3)
+        bank.parameter.data.normal_(std=0.3)
+        layer = BankLinear(nn.Linear(48, 32).to(dtype).requires_grad_(False), "default")
+        layer.slot.bank, layer.key = bank, ("c", "layer")
+        hidden = torch.randn(6, 5, 48).to(dtype).requires_grad_()
+        result = layer(hidden)
+        assert result.dtype is dtype
+        result.float().square().sum().backward()
+        assert hidden.grad is not None
+        made[dtype] = [result.float(), hidden.grad.float(), bank.gradient.clone()]
+    for exact, rounded in zip(made[torch.float32], made[torch.bfloat16], strict=True):
+        assert float((exact - rounded).norm()) <= 0.01 * float(exact.norm())
+
+
+def test_what_a_hook_has_kept_of_a_frozen_layers_own_input_is_not_changed_by_the_low_rank_term() -> None:
+    bank = Bank([TargetLayer("c", "layer", 8, 8)], rank=2, alpha=2.0, prompts=1)
+    bank.parameter.data.normal_()
+    base = nn.Linear(8, 8).requires_grad_(False)
+    layer = BankLinear(base, "default")
+    layer.slot.bank, layer.key = bank, ("c", "layer")
+    hidden = torch.randn(1, 3, 8)
+    before = hidden.clone()
+    first, second = layer(hidden), layer(hidden)
+    assert torch.equal(hidden, before)
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, base(hidden))

@@ -20,6 +20,7 @@ PUBLIC = {
     "lora_forge.bank",
     "lora_forge.batch",
     "lora_forge.frozen",
+    "lora_forge.prompts",
     "lora_forge.schedules",
     "lora_forge.seeds",
     "lora_forge.files",

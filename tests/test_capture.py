@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_forge import training
-from lora_forge.capture import WARM_UP, Captured
 from lora_forge.clock import Clock
 from lora_forge.config.run import read_run_config
 from lora_forge.model import open_model
@@ -17,7 +15,9 @@ from lora_forge.plan import Request, make_plan
 from lora_forge.plugins import discover
 from lora_forge.result import RunResult
 from lora_forge.runner import forge
-from lora_forge.steps import StepNumbers
+from lora_forge.training import train as training
+from lora_forge.training.capture import WARM_UP, Captured
+from lora_forge.training.steps import StepNumbers
 
 PLUGIN = """
 from lora_forge import LossSpec, hookimpl

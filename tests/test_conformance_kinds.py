@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rule_breakers import Breaker, backends, executors, initializers, losses, optimizers, savers
+from rule_breakers import Breaker, backends, closed_forms, executors, initializers, losses, optimizers, savers
 from rule_breakers.toy_backend import ToyBackend
 from torch import nn
 
@@ -16,7 +16,7 @@ from lora_forge.records import Spec
 from lora_forge.testing import RULES, examine
 
 KINDS = {
-    "loss": losses.BREAKERS,
+    "loss": losses.BREAKERS + closed_forms.BREAKERS,
     "initializer": initializers.BREAKERS,
     "optimizer": optimizers.BREAKERS,
     "saver": savers.BREAKERS,
@@ -64,8 +64,10 @@ def nadam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         (losses.spec(losses.good), set()),
         (losses.spec(losses.denoising, needs=losses.BOTH), set()),
         (losses.spec(losses.first_encoder_only), set()),
+        (losses.spec(closed_forms.Good, closed_form=True), set()),
         (losses.spec(losses.refuses_one_encoder), set()),
         (initializers.spec(initializers.good), set()),
+        (initializers.spec(initializers.given_a_gradient, gradient=True), set()),
         (optimizers.spec(optimizers.Descent, elementwise=True), set()),
         (optimizers.spec(momentum, elementwise=True), set()),
         (optimizers.spec(nadam, elementwise=True), set()),
@@ -75,7 +77,7 @@ def nadam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         (savers.spec(savers.pickled, suffix=".pt", reader="rule_breakers.savers:unpickled"), set()),
         (savers.spec(savers.refuses_others), set()),
         (backends.GOOD, set()),
-        (backends.TEXT_ONLY, {"noise"}),
+        (backends.TEXT_ONLY, {"noise", "schedule", "attention", "decode"}),
         (executors.spec(executors.good), set()),
         (executors.spec(executors.good, local=True), set()),
         (executors.spec(executors.in_another_process), set()),

@@ -11,10 +11,10 @@ from lora_forge.batch import Batch
 from lora_forge.clock import Clock
 from lora_forge.config.run import read_run_config
 from lora_forge.model import open_model
-from lora_forge.objective import Objective, Term, backward
 from lora_forge.plan import Request, make_plan
 from lora_forge.plugins import discover
-from lora_forge.training import set_up
+from lora_forge.training.objective import Objective, Term, backward
+from lora_forge.training.train import set_up
 
 PROMPTS = ["a steampunk owl", "bond", "a squirrel in a forest, in the rain"]
 Values = tuple[torch.Tensor, torch.Tensor]
@@ -59,6 +59,7 @@ def objectives(
             bank.parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
         opened.slot.bank = bank
         objective = Objective(terms, view)
+        view.content_only = objective.content_only
         view.begin_step()
         total = objective.total(objective.values())
         backward(total)

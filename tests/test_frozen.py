@@ -22,7 +22,7 @@ def small_weights_go_the_large_ones_way(monkeypatch: pytest.MonkeyPatch) -> None
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """This machine's, or one of another kind."""
     if request.param == "no 16-bit arithmetic":
-        monkeypatch.setattr(frozen, "_has_arithmetic", lambda dtype: dtype is torch.float32)
+        monkeypatch.setattr(frozen, "has_arithmetic", lambda dtype: dtype is torch.float32)
     if request.param == "slow at few rows":
         monkeypatch.setattr(frozen, "_narrow_is_slow", lambda: True)
     return str(request.param)
@@ -85,7 +85,7 @@ def test_rows_come_out_the_same_every_time_and_up_to_rounding_whoever_is_beside_
 
 
 def test_widened_weights_of_one_layer_are_not_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "_has_arithmetic", lambda dtype: dtype is torch.float32)
+    monkeypatch.setattr(frozen, "has_arithmetic", lambda dtype: dtype is torch.float32)
     layers = [layer(24, outputs, torch.bfloat16)[0] for outputs in (40, 8, 56)]
     rows = torch.randn(3, 24).bfloat16().requires_grad_()
     found = [one(rows) for one in layers]

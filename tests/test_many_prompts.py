@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_forge import strength
 from lora_forge.batch import ModelView
 from lora_forge.clock import Clock
 from lora_forge.config.run import read_run_config
@@ -20,7 +19,8 @@ from lora_forge.plan import Request, make_plan
 from lora_forge.plugins import discover
 from lora_forge.result import RunResult
 from lora_forge.runner import forge, run_infos
-from lora_forge.training import train
+from lora_forge.training import strength
+from lora_forge.training.train import train
 
 PROMPTS = ("a steampunk owl", "bond", "a squirrel in a forest")
 

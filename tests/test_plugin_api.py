@@ -73,14 +73,14 @@ def later_hook_argument(patch: Patch) -> None:
 def later_event_fields(patch: Patch) -> None:
     """Every event, and what it holds of the run, has gained a field."""
     for name in ("RunInfo", "RunStart", "StepFinish", "RunFinish", "RunFailure"):
-        _replace(patch, name, _gained(getattr(events, name)), "events", "runner", "steps")
+        _replace(patch, name, _gained(getattr(events, name)), "events", "runner", "training.steps")
 
 
 def later_contract_fields(patch: Patch) -> None:
     """What plugins are given, and what they make and return, has gained a field."""
     given = ("InitialLayer", "SaveRequest", "BackendRequest", "TargetLayer")
     for name in (*given, "Tokens", "EncoderOutput", "SaveReport"):
-        homes = ("contracts", "initial", "saving", "model", "plan", "bank", "batch")
+        homes = ("contracts", "training.initial", "saving", "model", "plan", "bank", "batch")
         _replace(patch, name, _gained(getattr(contracts, name)), *homes)
 
 

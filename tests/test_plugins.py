@@ -15,8 +15,16 @@ from lora_forge.errors import PluginError
 from lora_forge.plugins import discover
 
 BUILTINS = {
-    "initializer": {"gaussian"},
-    "loss": {"embedding_magnitude"},
+    "initializer": {"gaussian", "kaiming", "orthogonal", "gradient"},
+    "loss": {
+        "embedding_magnitude",
+        "conditioning_magnitude",
+        "embed_write",
+        "embed_direction",
+        "embed_preserve",
+        "pooled_align",
+        "prompt_contrast",
+    },
     "optimizer": {"adamw"},
     "saver": {"safetensors", "diffusers", "peft"},
     "backend": {"sdxl", "sd15"},

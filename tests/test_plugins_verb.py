@@ -15,7 +15,16 @@ from lora_forge.cli.main import main
 
 BUILTINS = {
     ("initializer", "gaussian"),
+    ("initializer", "kaiming"),
+    ("initializer", "orthogonal"),
+    ("initializer", "gradient"),
     ("loss", "embedding_magnitude"),
+    ("loss", "conditioning_magnitude"),
+    ("loss", "embed_write"),
+    ("loss", "embed_direction"),
+    ("loss", "embed_preserve"),
+    ("loss", "pooled_align"),
+    ("loss", "prompt_contrast"),
     ("optimizer", "adamw"),
     ("saver", "safetensors"),
     ("saver", "diffusers"),
@@ -107,8 +116,10 @@ def test_list_says_how_to_ask_for_a_name_that_is_not_ones_own(site: Site, plugin
     site.install("second", LOSS.format(name="small"))
     site.install("rival", LOSS.format(name="embedding_magnitude"))
     rows = plugins.json("list", "--kind", "loss")["plugins"]
+    own = {(row["name"], row["status"]) for row in rows if row["distribution"] == "lora-forge"}
+    assert own == {(name, "ok") for kind, name in BUILTINS if kind == "loss"}
+    rows = [row for row in rows if row["distribution"] != "lora-forge"]
     assert {(row["distribution"], row["name"], row["status"]) for row in rows} == {
-        ("lora-forge", "embedding_magnitude", "ok"),
         ("rival", "embedding_magnitude", "shadows nothing; call it rival:embedding_magnitude"),
         ("first", "small", "conflicts with second:small; call it first:small"),
         ("second", "small", "conflicts with first:small; call it second:small"),
@@ -172,7 +183,8 @@ def test_show_says_what_each_kind_has_of_its_own(plugins: Verb) -> None:
     assert "conditioning: ['text_encoder last']" in plugins.text("show", "sd15")
     for name in ("embedding_magnitude", "diffusers", "sdxl", "sd15", "gaussian"):
         assert plugins.text("show", name).startswith(f"{name} (")
-    assert "options: none" in plugins.text("show", "embedding_magnitude")
+    assert "options: none" in plugins.text("show", "diffusers")
+    assert "penultimate" in plugins.text("show", "embedding_magnitude")
 
 
 def test_show_tells_two_kinds_of_one_name_apart(site: Site, plugins: Verb) -> None:
@@ -197,7 +209,10 @@ def test_show_of_a_name_that_two_supply_says_how_to_pick(site: Site, plugins: Ve
     ("arguments", "message"),
     [
         (["adamv"], "unknown plugin 'adamv'; did you mean 'adamw'?"),
-        (["adamw", "--kind", "loss"], "unknown loss 'adamw'; known: embedding_magnitude"),
+        (
+            ["adamw", "--kind", "loss"],
+            f"unknown loss 'adamw'; known: {', '.join(sorted(name for kind, name in BUILTINS if kind == 'loss'))}",
+        ),
         (["nobody:adamw"], "unknown plugin 'nobody:adamw'; did you mean 'lora-forge:adamw'?"),
     ],
 )

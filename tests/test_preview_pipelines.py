@@ -17,11 +17,11 @@ from preview_by_hand import picture, same, write_checkpoint
 from single_file_checkpoint import write_single_file
 
 from lora_forge.bank import BankSlot
+from lora_forge.choices import Chosen
 from lora_forge.clip_unet.backend import ClipUnetBackend
 from lora_forge.clip_unet.family import Family
 from lora_forge.contracts import Backend, BackendRequest, TargetLayer
 from lora_forge.errors import ModelError
-from lora_forge.plan import Chosen
 from lora_forge.plugins import discover
 
 PROMPT = "a steampunk owl"

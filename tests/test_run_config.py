@@ -128,19 +128,20 @@ def losses(record: dict[str, Any]) -> list[tuple[str, float, dict[str, Any]]]:
     return [(loss["name"], loss["weight"], loss["options"]) for loss in record["loss"]]
 
 
+MAGNITUDE = {"tokens": "all", "layer": "last"}
 QUIET = {"power": 1.0, "words": []}
 
 
 @pytest.mark.parametrize(
     ("toml", "arguments", "expected"),
     [
-        ("", (), [("embedding_magnitude", 1, {})]),
-        ("", ("--loss=embedding_magnitude:0.5",), [("embedding_magnitude", 0.5, {})]),
-        ("", ("--loss=lora-forge:embedding_magnitude:-2e-1",), [("embedding_magnitude", -0.2, {})]),
+        ("", (), [("embedding_magnitude", 1, MAGNITUDE)]),
+        ("", ("--loss=embedding_magnitude:0.5",), [("embedding_magnitude", 0.5, MAGNITUDE)]),
+        ("", ("--loss=lora-forge:embedding_magnitude:-2e-1",), [("embedding_magnitude", -0.2, MAGNITUDE)]),
         (
             "",
             ("--loss=embedding_magnitude", "--loss=quiet:0.5"),
-            [("embedding_magnitude", 1, {}), ("quiet", 0.5, QUIET)],
+            [("embedding_magnitude", 1, MAGNITUDE), ("quiet", 0.5, QUIET)],
         ),
         ("", ("--loss=quiet:file:quiet:2",), None),
         ("", ("--loss=quiet:quiet:2",), [("quiet", 2, QUIET)]),
@@ -148,7 +149,7 @@ QUIET = {"power": 1.0, "words": []}
         (
             "",
             ("--loss=embedding_magnitude", "--loss=quiet", "--loss-opt=quiet.power=3", "--loss-opt=quiet.words=a,b"),
-            [("embedding_magnitude", 1, {}), ("quiet", 1, {"power": 3, "words": ["a", "b"]})],
+            [("embedding_magnitude", 1, MAGNITUDE), ("quiet", 1, {"power": 3, "words": ["a", "b"]})],
         ),
         ('loss = "quiet:0.25"', (), [("quiet", 0.25, QUIET)]),
         ('loss = {name = "quiet", weight = 2, options = {power = 3}}', (), [("quiet", 2, QUIET | {"power": 3})]),
@@ -160,14 +161,14 @@ QUIET = {"power": 1.0, "words": []}
         (
             'loss = ["embedding_magnitude:2", {name = "quiet", weight = 3}]',
             (),
-            [("embedding_magnitude", 2, {}), ("quiet", 3, QUIET)],
+            [("embedding_magnitude", 2, MAGNITUDE), ("quiet", 3, QUIET)],
         ),
         (
             '[[loss]]\nname = "quiet"\n[[loss]]\nname = "quiet"\nweight = 2',
             (),
             [("quiet", 1, QUIET), ("quiet", 2, QUIET)],
         ),
-        ('loss = ["quiet:7", "quiet"]', ("--loss=embedding_magnitude",), [("embedding_magnitude", 1, {})]),
+        ('loss = ["quiet:7", "quiet"]', ("--loss=embedding_magnitude",), [("embedding_magnitude", 1, MAGNITUDE)]),
     ],
 )
 def test_the_objective_can_be_spelled_in_many_ways(
@@ -219,6 +220,11 @@ def test_every_key_means_the_same_in_a_file_and_on_the_command_line(tmp_path: Pa
         "dtype": "bfloat16",
         "inert": "drop",
         "init_from": "a.safetensors",
+        "keep": "best",
+        "stop_when": ["plateau:3", "loss:-2"],
+        "probe": True,
+        "paraphrases": ["{prompt}, again"],
+        "controls": ["two red chairs", "a bowl, of cherries"],
         "strength": 0.5,
         "output": "b.safetensors",
         "overwrite": True,
@@ -255,6 +261,11 @@ def mistakes(*layers: dict[str, Any]) -> dict[str, str]:
         ({"loss": {"weight": 1}}, "loss.name", "is missing"),
         ({"loss": []}, "loss", "at least one loss"),
         ({"loss": 3}, "loss", "expected a name or a table"),
+        ({"loss": "a@falling"}, "loss.schedule", "expected a schedule such as linear"),
+        ({"measure": [{"name": "a", "wieght": 1}]}, "measure.wieght", "did you mean 'weight'"),
+        ({"keep": "bset"}, "keep", "did you mean 'best'"),
+        ({"stop_when": ["plateau"]}, "stop_when", "expected plateau:STEPS"),
+        ({"stop_when": 3}, "stop_when", "expected a list"),
         ({"saver": []}, "saver", "at least one saver"),
         ({"saver": {"name": "a", "weight": 1}}, "saver.weight", "unknown key"),
         ({"output": ""}, "output", "expected a path or a URL"),

@@ -65,7 +65,7 @@ def elements(result: lora_forge.RunResult) -> Elements:
 def test_a_report_says_what_was_asked_what_was_made_and_how_to_use_it(
     result: lora_forge.RunResult, elements: Elements
 ) -> None:
-    asked = (result.run.prompt, "0.5 × embedding_magnitude + 3 × stay", "tiny_sdxl", "4, 2", "adamw(", "gaussian(")
+    asked = (result.run.prompt, "0.5 × embedding_magnitude(", "3 × stay", "tiny_sdxl", "4, 2", "adamw(", "gaussian(")
     for told in (*asked, str(result.path), *result.warnings, *result.usage.split("\n")):
         assert told in elements.text
     assert "164, of which 136 do nothing" in elements.text

@@ -280,7 +280,7 @@ def test_no_path_host_or_user_of_this_machine_is_in_the_file(
     assert record["model"] == "mine"
     assert record["init_from"].startswith("first.safetensors sha256:")
     assert record["loss"][0]["options"] == {"table": "table.txt"}
-    assert record["backend"]["options"] == {"config": "configs"}
+    assert record["backend"]["options"]["config"] == "configs"
     assert record["loss"][0]["distribution"] == "quiet"
 
 

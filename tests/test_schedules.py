@@ -220,7 +220,7 @@ def flat(result: RunResult) -> torch.Tensor:
 def plain(recording: Recording, lr: float) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
     """torch's AdamW where the recorded run started."""
     parameters = [torch.nn.Parameter(one.clone()) for one in recording.start]
-    return parameters, torch.optim.AdamW(parameters, lr=lr, foreach=True)
+    return parameters, torch.optim.AdamW(parameters, lr=lr, fused=True)
 
 
 def replay(

@@ -52,7 +52,7 @@ def test_layers_of_a_component_that_is_not_loaded_come_out_bit_for_bit_as_if_it_
     prompt = PROMPTS[0]
     start = lora_forge.run(prompt, model, iterations=0)
     ours = lora_forge.run(prompt, model, iterations=20)
-    naive = specification.forge(model_folder, prompt, start.weights, rank=4, alpha=4, iterations=20, foreach=True)
+    naive = specification.forge(model_folder, prompt, start.weights, rank=4, alpha=4, iterations=20, fused=True)
 
     assert ours.weights["unet"].keys() == target_layers(model)["unet"].keys()
     for layer, pair in naive.weights["unet"].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_PIECE = 2**17  # numbers; with their gradient, two moments and a denominator, 2.5 MB
+_VECTOR = 16  # numbers; no processor's vectors hold more, nor a number of them that does not divide it
 
 
 @dataclass(frozen=True)
@@ -29,51 +29,74 @@ class AdamWOptions(ScheduleOptions):
 
 
 def adamw(parameters: Iterable[torch.nn.Parameter], options: AdamWOptions, iterations: int) -> torch.optim.Optimizer:
-    """Loshchilov & Hutter, Decoupled Weight Decay Regularization (arXiv:1711.05101), as torch has it.
-
-    On CUDA fused. On a CPU not, since that kernel's rounding depends on where in its tensor a number lies, so that a
-    prompt's values would depend on its batch; there the steps go through the numbers piece by piece, each of a size
-    that stays in the caches.
-    """
+    """Loshchilov & Hutter, Decoupled Weight Decay Regularization (arXiv:1711.05101), as torch has it, fused."""
     import torch
 
     parameters = list(parameters)
-    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
-    on_cuda = all(parameter.is_cuda for parameter in parameters)
-    pieces = [_pieces(parameter) for parameter in parameters] if on_cpu else []
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    whole = [_Whole(parameter) for parameter in parameters if parameter.device.type == "cpu"]
     optimizer = torch.optim.AdamW(
-        [piece for own in pieces for piece in own] or parameters,
+        [part for own in whole for part in own.parts] or parameters,
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
         weight_decay=options.weight_decay,
-        foreach=False if on_cpu else None,
-        fused=True if on_cuda else None,
+        fused=fused or None,
     )
-
-    def pass_gradients(*_: object) -> None:
-        for parameter, own in zip(parameters, pieces, strict=False):
-            gradients = [None] * len(own) if parameter.grad is None else _cut(parameter.grad)
-            for piece, gradient in zip(own, gradients, strict=True):
-                piece.grad = gradient
-
-    pass_gradients()
-    optimizer.register_step_pre_hook(pass_gradients)
+    for own in whole:
+        own.bring()
+        optimizer.register_step_pre_hook(lambda *_, own=own: own.bring())
+        optimizer.register_step_post_hook(lambda *_, own=own: own.take_back())
     return scheduled(optimizer, options, iterations)
 
 
-def _pieces(parameter: torch.nn.Parameter) -> list[torch.nn.Parameter]:
-    """A parameter's numbers in order, as parameters that are views of it."""
-    import torch
+class _Whole:
+    """A parameter of the CPU as one or two that are whole vectors long.
 
-    return [torch.nn.Parameter(piece) for piece in _cut(parameter.detach())]
+    The fused kernel steps the last numbers of a tensor, which fill no vector, one by one, and may round them otherwise:
+    a number's value would depend on where in its tensor it lies, and a prompt's on its batch. So these have a place of
+    their own, with zeros behind them.
+    """
 
+    def __init__(self, parameter: torch.nn.Parameter) -> None:
+        import torch
 
-def _cut(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Views of a tensor's numbers in order; of one that is not in order, itself."""
-    import torch
+        self._parameter = parameter
+        self._even = parameter.numel() // _VECTOR * _VECTOR if parameter.is_contiguous() else 0
+        rest = parameter.numel() - self._even
+        self._main = torch.nn.Parameter(parameter.detach().view(-1)[: self._even]) if self._even else None
+        self._rest = torch.nn.Parameter(parameter.new_zeros(-(-rest // _VECTOR) * _VECTOR)) if rest else None
+        self.parts = [part for part in (self._main, self._rest) if part is not None]
 
-    return torch.split(tensor.view(-1), _PIECE) if tensor.is_contiguous() else [tensor]
+    def bring(self) -> None:
+        """Before a step: the parameter's numbers, and its gradient's, to where they are stepped."""
+        import torch
+
+        gradient = self._parameter.grad
+        if self._main is not None:
+            self._main.grad = None if gradient is None else gradient.reshape(-1)[: self._even]
+        if self._rest is not None:
+            with torch.no_grad():
+                self._rest[: self._count].copy_(self._parameter.detach().reshape(-1)[self._even :])
+                self._rest.grad = None if gradient is None else torch.zeros_like(self._rest)
+                if gradient is not None:
+                    self._rest.grad[: self._count].copy_(gradient.reshape(-1)[self._even :])
+
+    def take_back(self) -> None:
+        """After a step: what was not stepped in place."""
+        import torch
+
+        if self._rest is not None:
+            shape = self._parameter.shape
+            with torch.no_grad():
+                if self._even:
+                    self._parameter.detach().view(-1)[self._even :].copy_(self._rest[: self._count])
+                else:
+                    self._parameter.copy_(self._rest[: self._count].view(shape))
+
+    @property
+    def _count(self) -> int:
+        return self._parameter.numel() - self._even
 
 
 @hookimpl

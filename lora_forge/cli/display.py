@@ -78,6 +78,8 @@ def print_result(result: RunResult) -> None:
     console.print(_layer_table(result))
     if result.effect.shifts:
         console.print(_shift_table(result))
+    if result.updates not in (0, result.run.iterations):
+        console.print(f"kept: the weights after {result.updates} of {result.run.iterations} steps", highlight=False)
     if result.strength != 1:
         console.print(f"scaled by {result.strength:.6g}", highlight=False)
     if result.dropped:
@@ -111,7 +113,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict) and "name" in value:
         options = ", ".join(f"{name}={option}" for name, option in value["options"].items())
         weight = f"{value['weight']:g} × " if "weight" in value else ""
-        return f"{weight}{value['name']}({options})  [{value['distribution']} {value['version']}]"
+        schedule = f" @ {value['schedule']}" if "schedule" in value else ""
+        return f"{weight}{value['name']}({options}){schedule}  [{value['distribution']} {value['version']}]"
     if isinstance(value, dict):
         return ", ".join(f"{name}: {item}" for name, item in value.items())
     return "" if value is None else str(value)
@@ -123,6 +126,8 @@ def _loss_table(result: RunResult) -> Table:
         table.add_row(label, f"{result.before.terms[label]:.6g}", f"{result.after.terms[label]:.6g}")
     table.add_row("L2", f"{result.before.l2:.6g}", f"{result.after.l2:.6g}")
     table.add_row("[bold]total[/]", f"[bold]{result.before.loss:.6g}[/]", f"[bold]{result.after.loss:.6g}[/]")
+    for label, (before, after) in result.measured.items():
+        table.add_row(f"[dim]measured:[/] {escape(label)}", f"{before:.6g}", f"{after:.6g}")
     return table
 
 

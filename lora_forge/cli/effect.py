@@ -12,6 +12,8 @@ from lora_forge.cli.answer import json_alone
 from lora_forge.cli.on_model import check_text, checked_config, model_options, progress, training_prompt
 from lora_forge.cli.registry import open_registry
 from lora_forge.errors import UsageError, printable
+from lora_forge.options import Unfit
+from lora_forge.prompts import read_prompt_file
 
 if TYPE_CHECKING:
     from lora_forge.config.run import RunConfig
@@ -176,16 +178,11 @@ def _drawn(given: dict[str, Any], *, but: set[str]) -> list[str]:
     return drawn(pool, DRAWN if number is None else number, given["seed"])
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> tuple[str, ...]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
-        raise UsageError(f"--controls-file {str(path)!r} cannot be read: {reason}") from error
-    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
-    if not lines:
-        raise UsageError(f"--controls-file {str(path)!r} holds no prompt")
-    return lines
+        return read_prompt_file(path)
+    except Unfit as error:
+        raise UsageError(f"--controls-file {error}") from error
 
 
 def _notes(effect: FileEffect, left_out: dict[str, int], base: FileBase) -> Iterator[str]:

@@ -17,6 +17,7 @@ from lora_forge.errors import LoraForgeError, Terminated
 _VERBS = {
     "run": ("lora_forge.cli.run", "Make a LoRA for one prompt."),
     "batch": ("lora_forge.cli.batch", "Make a LoRA for each of many prompts."),
+    "compare": ("lora_forge.cli.compare", "Compare objectives on the same prompts, seeds and budget."),
     "inspect": ("lora_forge.cli.inspect", "Say what is in a LoRA file, anybody's, and what it does."),
     "convert": ("lora_forge.cli.convert", "Write a LoRA file in another format."),
     "merge": ("lora_forge.cli.merge", "Make one LoRA of several."),

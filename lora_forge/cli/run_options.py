@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -18,6 +18,8 @@ _SPELLINGS = {
     "model": ("--model", "--model_name"),
     "output": ("-o", "--output", "--output_path"),
     "plugins": ("--plugin",),
+    "paraphrases": ("--paraphrase",),
+    "controls": ("--control",),
 }
 _DEFAULTS = {
     "base_model": "the model config's",
@@ -30,6 +32,9 @@ _DEFAULTS = {
 }
 
 
+_REPEATABLE = {"plugins": "FILE.py", "stop_when": "RULE", "paraphrases": "TEXT", "controls": "TEXT"}
+
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -37,17 +42,20 @@ def run_options(but: Collection[str] = ()) -> Decorator:
     """One option for each scalar key of a run config `but` some, with the key's own help; and the choice of plugins."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        return _scalar_options(_plugin_choices(function), but)
+        function = _with(function, _plugin_choices())
+        if "loss" not in but:
+            function = _with(function, _losses())
+        return _scalar_options(function, but)
 
     return decorate
 
 
-def _plugin_choices(function: Callable[..., Any]) -> Callable[..., Any]:
-    options = (
+def _losses() -> Sequence[Decorator]:
+    return (
         click.option(
             "--loss",
             multiple=True,
-            metavar="NAME[:WEIGHT]",
+            metavar="NAME[:WEIGHT][@SCHEDULE]",
             help="a term of the objective; repeatable  [default: embedding_magnitude]",
         ),
         click.option(
@@ -56,6 +64,13 @@ def _plugin_choices(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="[NAME.]KEY=VALUE",
             help="an option of a loss, as `plugins show` lists them; repeatable",
         ),
+        click.option("--measure", multiple=True, metavar="NAME", help="a loss to evaluate, not to train; repeatable"),
+        click.option("--measure-opt", multiple=True, metavar="[NAME.]KEY=VALUE", help="an option of one; repeatable"),
+    )
+
+
+def _plugin_choices() -> Sequence[Decorator]:
+    return (
         click.option("--initializer", metavar="NAME", help="the initializer  [default: gaussian]"),
         click.option("--initializer-opt", multiple=True, metavar="KEY=VALUE", help="an option of it; repeatable"),
         click.option("--optimizer", metavar="NAME", help="the optimizer  [default: adamw]"),
@@ -68,6 +83,9 @@ def _plugin_choices(function: Callable[..., Any]) -> Callable[..., Any]:
             "--backend-opt", multiple=True, metavar="KEY=VALUE", help="an option of the model's backend; repeatable"
         ),
     )
+
+
+def _with(function: Callable[..., Any], options: Sequence[Decorator]) -> Callable[..., Any]:
     for option in reversed(options):
         function = option(function)
     return function
@@ -85,8 +103,8 @@ def _scalar_options(function: Callable[..., Any], but: Collection[str]) -> Calla
             settings["help"] += f"  [default: {_DEFAULTS[field.name]}]"
         elif isinstance(field.default, bool):
             settings["is_flag"] = True
-        elif field.name == "plugins":
-            settings.update(multiple=True, metavar="FILE.py")
+        elif field.name in _REPEATABLE:
+            settings.update(multiple=True, metavar=_REPEATABLE[field.name])
         else:
             settings["metavar"] = _metavar(hints[field.name])
             default = _DEFAULTS.get(field.name, field.default)

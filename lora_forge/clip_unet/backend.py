@@ -19,10 +19,15 @@ from torch import nn
 
 from lora_forge.bank import BankLinear, BankSlot, inject
 from lora_forge.clip_unet.architecture import layers_of_config, linear_layers
+from lora_forge.clip_unet.attention_maps import kept_maps, unflattened
+from lora_forge.clip_unet.belonging import CLIP, check_bare, foreign_encoder, foreign_unet, pipeline_components
 from lora_forge.clip_unet.below import Below
+from lora_forge.clip_unet.checkpointing import Checkpointing
+from lora_forge.clip_unet.decoder import copied_decoder, decode, load_decoder
 from lora_forge.clip_unet.encoders import canonical_name, load_encoder, ready_for_steps
 from lora_forge.clip_unet.family import UNET, Family
-from lora_forge.clip_unet.pipeline import load_model, load_pipeline
+from lora_forge.clip_unet.noise_schedule import alphas_cumprod, check_predicts_noise, shipped_schedule
+from lora_forge.clip_unet.pipeline import SCHEDULER, load_model, load_pipeline
 from lora_forge.clip_unet.sources import SingleFile, Source, open_source
 from lora_forge.clip_unet.tiny import tiny_folder
 from lora_forge.contracts import Backend, BackendRequest, EncoderOutput, TargetLayer, Tokens
@@ -31,8 +36,6 @@ from lora_forge.errors import ModelError
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0")
 _MLP = ("fc1", "fc2", "ff.net.0.proj", "ff.net.2")
 _EMBEDDING = "text_model.embeddings.token_embedding.weight"
-_CLIP = "clip_text_model"  # what transformers calls the kind
-_UNET_CLASS = "UNet2DConditionModel"
 _BLOCKS = ("text_model.encoder.layers.", "down_blocks.", "mid_block.", "up_blocks.")
 
 
@@ -48,14 +51,20 @@ class ClipUnetBackend(Backend):
     }
 
     @classmethod
-    def open(cls, request: BackendRequest, configs: Path | None = None) -> Self:
+    def open(
+        cls, request: BackendRequest, configs: Path | None = None, *, gradient_checkpointing: bool = False
+    ) -> Self:
         """A model from its files, or around a pipeline in memory. Raises ModelError.
 
         configs: the folder with configs and tokenizers for a single-file checkpoint, instead of the family's own.
+        gradient_checkpointing: recompute activations of the UNet and the VAE in the backward pass.
         """
         if request.pipeline is not None:
-            return cls(None, request, dict(_pipeline_components(request.pipeline, cls.facts)))
-        return cls(open_source(request.source, cls.facts, configs), request, {})
+            made = cls(None, request, dict(pipeline_components(request.pipeline, cls.facts)))
+        else:
+            made = cls(open_source(request.source, cls.facts, configs), request, {})
+        made._recomputes = gradient_checkpointing
+        return made
 
     @classmethod
     def recognizes(cls, source: str) -> bool:
@@ -76,6 +85,11 @@ class ClipUnetBackend(Backend):
         self._below: dict[str, Below] = {}
         self._tokenizers: dict[str, Any] = {}
         self._norms: dict[tuple[str, str], float] = {}
+        self._decoder: Any = None
+        self._alphas: torch.Tensor | None = None
+        self._recomputes = False
+        self._checkpointing = Checkpointing()
+        self._checkpointed_before = False
 
     @abstractmethod
     def unet_arguments(self, latents: torch.Tensor, outputs: Mapping[str, EncoderOutput]) -> dict[str, Any]:
@@ -100,12 +114,12 @@ class ClipUnetBackend(Backend):
         """
         unet = source.config(UNET)
         no_model_of_it = f"base model {source.name!r} is no {self.facts.title}"
-        if reason := _foreign_unet(unet, self.facts):
+        if reason := foreign_unet(unet, self.facts):
             raise ModelError(f"{no_model_of_it}: {reason}")
         configs = {UNET: unet}
         for encoder in self.facts.encoders:
             configs[encoder] = source.config(encoder)
-            if reason := _foreign_encoder(encoder, configs[encoder].get("model_type", _CLIP)):
+            if reason := foreign_encoder(encoder, configs[encoder].get("model_type", CLIP)):
                 raise ModelError(f"{no_model_of_it}: {reason}")
         return configs
 
@@ -134,23 +148,34 @@ class ClipUnetBackend(Backend):
 
     def load(self, components: Collection[str]) -> None:
         dtype = getattr(torch, self._request.dtype)
+        if UNET in components:
+            check_predicts_noise(self._scheduler_config(), self._named())
         for component in components:
             if component in self._in_memory and component not in self._before:
                 module = self._modules[component]
-                _check_bare(component, module)
+                check_bare(component, module)
                 training = [(child, child.training) for child in module.modules()]
                 self._before[component] = (training, [(p, p.requires_grad) for p in module.parameters()])
                 module.requires_grad_(False).eval()
+                if component == UNET:
+                    self._checkpointed_before = module.is_gradient_checkpointing
+                    self._checkpoint(module)
             if component in self._modules:
                 continue
             assert self._source is not None
             if component == UNET:
                 module = load_model(self._source, UNET, dtype).to(self._request.device)
+                self._checkpoint(module)
             else:
                 kind = self.facts.encoders[component]
                 encoder = load_encoder(component, kind, self._source, device=self._request.device, dtype=dtype)
                 module = ready_for_steps(encoder)
             self._modules[component] = module
+
+    def _checkpoint(self, module: Any) -> None:
+        """Have a UNet or VAE recompute its activations, if that was asked for, or was on in a pipeline in memory."""
+        if self._recomputes or module.is_gradient_checkpointing:
+            module.enable_gradient_checkpointing(self._checkpointing)
 
     def adapt(self, layers: Sequence[TargetLayer], rank: int, alpha: float, slot: BankSlot) -> None:
         for component in dict.fromkeys(layer.component for layer in layers):
@@ -158,6 +183,7 @@ class ClipUnetBackend(Backend):
             paths = {canonical_name(component, path): path for path, _ in module.named_modules()}
             names = {paths[layer.name]: layer.key for layer in layers if layer.component == component}
             self._adapted[component] = inject(module, names, rank, alpha, slot)
+            self._checkpointing.slot = slot
             if component in self.facts.encoders:
                 self._below[component] = Below(module, names)
 
@@ -173,8 +199,15 @@ class ClipUnetBackend(Backend):
                 child.training = flag
             for parameter, required in flags:
                 parameter.requires_grad_(required)
+        if UNET in self._before:
+            unet = self._modules[UNET]
+            if self._checkpointed_before:
+                unet.enable_gradient_checkpointing()
+            elif self._recomputes:
+                unet.disable_gradient_checkpointing()
         self._before.clear()
         self._modules = {name: module for name, module in self._modules.items() if name in self._in_memory}
+        self._decoder = None
 
     def tokenize(self, encoder: str, texts: Sequence[str]) -> Tokens:
         tokenizer = self._tokenizer(encoder)
@@ -215,6 +248,43 @@ class ClipUnetBackend(Backend):
         noise = unet(latents, timesteps.to(unet.device), **self.unet_arguments(latents, outputs))
         return noise.sample.float()  # type: ignore[no-any-return]
 
+    def alphas_cumprod(self) -> torch.Tensor:
+        if self._alphas is None:
+            self._alphas = alphas_cumprod(self._scheduler_config(), self._named())
+        return self._alphas
+
+    def cross_attention(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, outputs: Mapping[str, EncoderOutput]
+    ) -> dict[str, torch.Tensor]:
+        maps: dict[str, torch.Tensor] = {}
+        self._checkpointing.keeps_maps = True
+        try:
+            with kept_maps(self._modules[UNET], maps):
+                self.predict_noise(latents, timesteps, outputs)
+        finally:
+            self._checkpointing.keeps_maps = False
+        return {path: unflattened(one, *latents.shape[-2:]) for path, one in maps.items()}
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        if self._decoder is None:
+            source, device = self._source, self._request.device
+            self._decoder = copied_decoder(self._request.pipeline) if source is None else load_decoder(source, device)
+            self._checkpoint(self._decoder)
+        return decode(self._decoder, latents)
+
+    def _scheduler_config(self) -> Mapping[str, Any]:
+        if self._source is None:
+            config = getattr(getattr(self._request.pipeline, "scheduler", None), "config", {})
+        else:
+            config = self._source.optional_json(SCHEDULER)
+        return config or shipped_schedule(self.facts.configs)
+
+    def _named(self) -> str:
+        """The model in messages."""
+        if self._source is None:
+            return f"the {type(self._request.pipeline).__name__} in memory"
+        return f"base model {self._source.name!r}"
+
     def weight_norm(self, component: str, layer: str) -> float | None:
         module = self._modules.get(component)
         if module is None:
@@ -226,6 +296,15 @@ class ClipUnetBackend(Backend):
                     weight = child.base_layer.weight
                     self._norms[component, name] = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
         return self._norms.get((component, layer))
+
+    def weight(self, component: str, layer: str) -> torch.Tensor | None:
+        module = self._modules.get(component)
+        if module is None:
+            return None
+        path = layer if component == UNET or hasattr(module, "text_model") else layer.removeprefix("text_model.")
+        child = module.get_submodule(path)
+        linear: Any = child.base_layer if isinstance(child, BankLinear) else child
+        return linear.weight.detach().float()  # type: ignore[no-any-return]
 
     def pipeline(self) -> Any:
         if self._source is not None:
@@ -272,40 +351,6 @@ class ClipUnetBackend(Backend):
 
                 self._tokenizers[encoder] = CLIPTokenizer.from_pretrained(self._source.tokenizer(folder))
         return self._tokenizers[encoder]
-
-
-def _pipeline_components(pipeline: Any, family: Family) -> list[tuple[str, Any]]:
-    components = [(name, getattr(pipeline, name, None)) for name in family.components]
-    missing = [name for name, module in components if not isinstance(module, nn.Module)]
-    named = f"{type(pipeline).__name__} is no {family.title} pipeline"
-    if missing:
-        raise ModelError(f"{named}: it has no {', '.join(missing)}")
-    reasons = [_foreign_unet(pipeline.unet.config, family)]
-    reasons += [_foreign_encoder(name, getattr(pipeline, name).config.model_type) for name in family.encoders]
-    if any(reasons):
-        raise ModelError(f"{named}: {next(filter(None, reasons))}")
-    for name, module in components:
-        _check_bare(name, module)
-    return components
-
-
-def _foreign_unet(config: Mapping[str, Any], family: Family) -> str:
-    """Why a UNet of this config is none of the family's, or ""."""
-    made_of = config.get("_class_name", _UNET_CLASS)
-    if made_of != _UNET_CLASS:
-        return f"its UNet is a {made_of}, not a {_UNET_CLASS}"
-    return family.foreign(config)
-
-
-def _foreign_encoder(component: str, model_type: str) -> str:
-    return "" if model_type == _CLIP else f"its {component} is of the kind {model_type!r}, not {_CLIP!r}"
-
-
-def _check_bare(component: str, module: Any) -> None:
-    if hasattr(module, "_hf_hook"):
-        raise ModelError(f"{component} is offloaded; a pipeline in memory has to be on one device")
-    if hasattr(module, "peft_config"):
-        raise ModelError(f"{component} already carries a LoRA; unload it first (pipe.unload_lora_weights())")
 
 
 def _cut_off(tokenizer: Any, text: str, room: int) -> str:

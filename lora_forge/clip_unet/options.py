@@ -16,3 +16,9 @@ class CheckpointOptions:
             "help": "folder with configs and tokenizers for a single-file checkpoint, instead of those that ship"
         },
     )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "compute the UNet's and the VAE's activations again in the backward pass: less memory, more time"
+        },
+    )

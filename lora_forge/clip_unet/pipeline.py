@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 _SETTINGS = {"requires_safety_checker": False, "add_watermarker": False}
-_SCHEDULER = "scheduler/scheduler_config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def load_pipeline(source: Source, family: Family, dtype: torch.dtype) -> Any:
@@ -77,11 +77,11 @@ def _scheduler(source: Source) -> Any:
     """Of the class that the model's index names, as diffusers chooses it, or else that its own config names."""
     import diffusers
 
-    config = source.optional_json(_SCHEDULER)
+    config = source.optional_json(SCHEDULER)
     listed = source.optional_json("model_index.json").get("scheduler")
     name = listed[1] if isinstance(listed, list) and len(listed) == 2 else config.get("_class_name")
     kind = getattr(diffusers, str(name), None)
     if not config or not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
-        problem = f"its scheduler is a {json.dumps(name)}" if config else f"it has no {_SCHEDULER}"
+        problem = f"its scheduler is a {json.dumps(name)}" if config else f"it has no {SCHEDULER}"
         raise ModelError(f"base model {source.name!r} makes no pictures: {problem}")
     return kind.from_config(config)  # type: ignore[attr-defined]

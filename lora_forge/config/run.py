@@ -12,9 +12,11 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from lora_forge.config.stopping import StopRule
 from lora_forge.errors import ConfigError, Problem, nearest
 from lora_forge.files.header import url_of
 from lora_forge.options import Unfit, check_bounds, read_value
+from lora_forge.schedules import TermSchedule
 
 DEFAULT_ITERATIONS = 50
 DEFAULT_L2 = 1e-5
@@ -25,11 +27,15 @@ _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d{1,4})?)\Z")
 
 @dataclass(frozen=True)
 class Choice:
-    """A plugin by name, and options for it as given (checked once the plugin is known)."""
+    """A plugin by name, and options for it as given (checked once the plugin is known).
+
+    weight, schedule: of a loss; the schedule as `TermSchedule.read` takes it.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    schedule: str = "constant"
 
 
 def _knob(default: Any, text: str, **bounds: Any) -> Any:
@@ -38,7 +44,11 @@ def _knob(default: Any, text: str, **bounds: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything one run was asked to do. None means: as the model config, or the built-in default, says."""
+    """Everything one run was asked to do. None means: as the model config, or the built-in default, says.
+
+    measure: losses that are evaluated before and after, and not trained. probe: measure the shift on `paraphrases` and
+    `controls` too, and on a random LoRA of the same size.
+    """
 
     prompt: str = _knob("", "the prompt to make a LoRA for")
     prompt_2: str | None = _knob(None, "another text for the second text encoder")
@@ -52,6 +62,10 @@ class RunConfig:
     device: str = _knob("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["float32", "float16", "bfloat16"] = _knob("float32", "of frozen weights and activations")
     tf32: bool = _knob(False, "on CUDA, multiply float32 matrices in TF32: faster, and less exact")
+    keep: Literal["last", "best"] = _knob("last", "which iterate: the last, or that with the lowest objective")
+    stop_when: tuple[str, ...] = _knob(
+        (), "end early: plateau:STEPS[:SHARE], loss:VALUE or seconds:SECONDS; repeatable"
+    )
     inert: Literal["keep", "drop", "error"] = _knob("keep", "what to do with layers the objective cannot reach")
     init_from: Path | None = _knob(None, "start from an earlier LoRA file")
     strength: float | None = _knob(None, "scale the finished LoRA by this factor")
@@ -65,15 +79,20 @@ class RunConfig:
     date: str | None = _knob(None, "date to store in the file, such as 2026-01-31")
     plugins: tuple[Path, ...] = _knob((), "plugin files to load")
     strict_plugins: bool = _knob(False, "any broken plugin is an error")
+    probe: bool = _knob(False, "measure the shift on other prompts too, and of a random LoRA of the same size")
+    paraphrases: tuple[str, ...] = _knob((), "the same in other words, {prompt} for the prompt; repeatable")
+    controls: tuple[str, ...] = _knob((), "a prompt that has nothing to do with it; repeatable")
     loss: tuple[Choice, ...] = (Choice("embedding_magnitude"),)
+    measure: tuple[Choice, ...] = ()
     initializer: Choice = Choice("gaussian")
     optimizer: Choice = Choice("adamw")
     saver: tuple[Choice, ...] = (Choice(DEFAULT_SAVER),)
     backend_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-_STRUCTURED = ("loss", "initializer", "optimizer", "saver", "backend_options")
-_SEVERAL = ("loss", "saver")  # kinds of which a run may use more than one
+_STRUCTURED = ("loss", "measure", "initializer", "optimizer", "saver", "backend_options")
+_SEVERAL = ("loss", "measure", "saver")  # kinds of which a run may use more than one
+_WEIGHTED = ("loss", "measure")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -99,8 +118,9 @@ def read_run_config(layers: Sequence[Mapping[str, Any]], *, source: str = "") ->
 def collect_run_config(layers: Sequence[Mapping[str, Any]]) -> tuple[RunConfig, list[Problem]]:
     """A run config from mappings of its keys, later ones winning, and every mistake. `Text` values are parsed.
 
-    `loss` is a name, a table `{name, weight, options}`, or a list of those, and so is `saver`, without weights;
-    `initializer` and `optimizer` are a name or a table `{name, options}`. A loss's name may carry a weight: `"a:0.5"`.
+    `loss` is a name, a table `{name, weight, schedule, options}`, or a list of those, and so are `measure` and, without
+    weights, `saver`; `initializer` and `optimizer` are a name or a table `{name, options}`. A loss's name may carry a
+    weight and a schedule: `"a:0.5@linear"`.
     Options alone (`{options}`) add to those of a lower layer. A key with a mistake keeps its default.
     """
     problems: list[Problem] = []
@@ -128,6 +148,12 @@ def collect_run_config(layers: Sequence[Mapping[str, Any]]) -> tuple[RunConfig, 
     if values.get("strength") is not None and values.get("target_shift") is not None:
         problems.append(Problem("strength", "give strength or target_shift, not both"))
     return RunConfig(**values), problems
+
+
+def parse_term(text: str) -> tuple[str, float | None, str | None]:
+    """`name`, `name:0.5`, `name@linear:1-30` or `dist:name:0.5@cosine` as a name, a weight and a schedule."""
+    named, at, schedule = text.partition("@")
+    return *parse_name(named), schedule if at else None
 
 
 def parse_name(text: str) -> tuple[str, float | None]:
@@ -178,7 +204,12 @@ def _output(value: Any) -> Any:
     return text
 
 
-_CHECKS: Mapping[str, Callable[[Any], Any]] = {"device": _device, "date": _date, "output": _output}
+_CHECKS: Mapping[str, Callable[[Any], Any]] = {
+    "device": _device,
+    "date": _date,
+    "output": _output,
+    "stop_when": lambda value: _stop_rules(value),
+}
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
@@ -193,9 +224,9 @@ def _structured(key: str, value: Any, below: Any, problems: list[Problem]) -> An
     if isinstance(value, Mapping) and set(value) == {"options"}:
         return _add_options(key, below, _table(f"{key}.options", value["options"], problems), problems)
     items = value if isinstance(value, list | tuple) else [value]
-    if not items:
+    if not items and key != "measure":
         problems.append(Problem(key, f"at least one {key} is needed"))
-    choices = [_choice(key, item, None, problems, weighted=key == "loss") for item in items]
+    choices = [_choice(key, item, None, problems, weighted=key in _WEIGHTED) for item in items]
     known = {one.name: one.options for one in below} if key == "saver" else {}  # a loss may be there twice
     return tuple(
         dataclasses.replace(choice, options={**known.get(choice.name, {}), **choice.options})
@@ -206,7 +237,7 @@ def _structured(key: str, value: Any, below: Any, problems: list[Problem]) -> An
 
 def _choice(key: str, value: Any, below: Choice | None, problems: list[Problem], *, weighted: bool) -> Choice | None:
     table = {"name": value} if isinstance(value, str) else value
-    allowed = {"name", "options"} | ({"weight"} if weighted else set())
+    allowed = {"name", "options"} | ({"weight", "schedule"} if weighted else set())
     if not isinstance(table, Mapping):
         problems.append(Problem(key, f"expected a name or a table, got {value!r}"))
         return below
@@ -217,17 +248,35 @@ def _choice(key: str, value: Any, below: Choice | None, problems: list[Problem],
     if not isinstance(name, str) or not name:
         problems.append(Problem(f"{key}.name", "is missing" if name is None else f"expected a name, got {name!r}"))
         return below
-    name, weight = parse_name(name) if weighted else (str(name), None)
+    name, weight, schedule = parse_term(name) if weighted else (str(name), None, None)
     if "weight" in table:
         try:
             weight = read_value(float, table["weight"])
         except Unfit as error:
             problems.append(Problem(f"{key}.weight", str(error)))
+    schedule = _schedule(f"{key}.schedule", table.get("schedule", schedule), problems)
     if weight is not None and not abs(weight) < float("inf"):
         problems.append(Problem(f"{key}.weight", f"expected a finite number, got {weight}"))
     if below is not None and below.name == name:
         options = {**below.options, **options}
-    return Choice(str(name), options, 1.0 if weight is None else weight)
+    return Choice(str(name), options, 1.0 if weight is None else weight, schedule)
+
+
+def _schedule(key: str, value: Any, problems: list[Problem]) -> str:
+    """A term's schedule as text, `constant` where none is given or it has a mistake."""
+    try:
+        return str(TermSchedule.read("constant" if value is None else read_value(str, value)))
+    except ValueError as error:  # Unfit is one
+        problems.append(Problem(key, str(error)))
+        return "constant"
+
+
+def _stop_rules(value: Any) -> Any:
+    rules = [value] if isinstance(value, str) else value
+    for rule in rules if isinstance(rules, list | tuple) else ():
+        if isinstance(rule, str):
+            StopRule.read(rule)
+    return rules
 
 
 def _add_options(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
+from lora_forge.choices import Chosen
 from lora_forge.config.model import read_model_config, shipped_names
 from lora_forge.contracts import Backend, BackendRequest, LayerKey
 from lora_forge.errors import ConfigError, LoraFileError, ModelError, blaming, printable
@@ -16,7 +17,7 @@ from lora_forge.files.layer_tensors import LayerTensors, read_layer, unnamed_pro
 from lora_forge.files.lora_file import FileLayer, LoraFile
 from lora_forge.files.names import own_names
 from lora_forge.options import parse_options
-from lora_forge.plan import IN_MEMORY, Chosen
+from lora_forge.plan import IN_MEMORY
 from lora_forge.plugins import BUILTIN, Registry
 from lora_forge.recognition import recognized_backend
 from lora_forge.records import BackendSpec

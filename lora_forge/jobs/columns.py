@@ -14,7 +14,13 @@ KINDS = ("loss", "optimizer", "initializer")  # plugins that a row may choose, a
 SCALARS = ("iterations", "l2", "rank", "alpha", "inert", "init_from", "strength", "target_shift")
 _OWN = ("prompt_2", "seed", "name", *SCALARS, *KINDS)
 _JOB = {field.name for field in dataclasses.fields(RunConfig)} - {"prompt", *_OWN}
-_OPTIONS = {"output": "--output-dir", "plugins": "--plugin", "backend_options": "--backend-opt"}
+_OPTIONS = {
+    "output": "--output-dir",
+    "plugins": "--plugin",
+    "backend_options": "--backend-opt",
+    "paraphrases": "--paraphrase",
+    "controls": "--control",
+}
 
 
 class Ambiguous(ValueError):
@@ -46,8 +52,12 @@ def likely(name: str) -> str:
 def _key(name: str) -> str | None:
     folded = _folded(name)
     kind, dot, option = folded.partition(".")
-    if folded in _JOB or (dot and kind in ("saver", "backend_options")):
-        spelling = f"--{kind}-opt" if kind == "saver" and dot else _OPTIONS.get(kind, f"--{kind.replace('_', '-')}")
+    if folded in _JOB or (dot and kind in ("saver", "measure", "backend_options")):
+        spelling = (
+            f"--{kind}-opt"
+            if kind in ("saver", "measure") and dot
+            else _OPTIONS.get(kind, f"--{kind.replace('_', '-')}")
+        )
         raise UsageError(f"the column {quoted(name)} belongs to the whole job; give it as {spelling}")
     if kind in KINDS and option:
         return f"{kind}.{name.strip().partition('.')[2]}"  # options are spelled as they are

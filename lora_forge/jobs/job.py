@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from lora_forge.choices import Chosen, choose
 from lora_forge.config.run import Choice
 from lora_forge.contracts import ExecutorRequest
 from lora_forge.errors import ConfigError, Problem, UsageError, blaming
@@ -19,7 +20,7 @@ from lora_forge.jobs.tasks import Entry, JobSettings, Plans, Prepared, compose, 
 from lora_forge.jobs.worker import Worker
 from lora_forge.like import record_differences
 from lora_forge.output import Place, place_of
-from lora_forge.plan import Chosen, Plan, Request, choose
+from lora_forge.plan import Plan, Request
 from lora_forge.plugins import Registry
 from lora_forge.records import ExecutorSpec
 from lora_forge.saving import check_saving, versions
@@ -164,7 +165,16 @@ def _record(plan: Plan) -> dict[str, Any]:
     """What all files of a job have in common: for the manifest, and to know the job by."""
     config = plan.config
     shared = {key: value for key, value in plan.record().items() if key not in ("prompt", "prompt_2")}
-    written = {"sidecar": config.sidecar, "report": config.report, "date": config.date, "device": config.device}
+    written: dict[str, Any] = {
+        "sidecar": config.sidecar,
+        "report": config.report,
+        "date": config.date,
+        "device": config.device,
+    }
+    if plan.measured:
+        written["measure"] = [term.record() for term in plan.measured]
+    if config.probe:
+        written |= {"paraphrases": list(config.paraphrases), "controls": list(config.controls)}
     return {"run": {**shared, **written}, "versions": versions()}
 
 

@@ -11,7 +11,7 @@ import torch
 from lora_forge.clock import Clock
 from lora_forge.model import LoadedModel
 from lora_forge.plan import Plan, Request
-from lora_forge.training import set_up
+from lora_forge.training.train import set_up
 
 _BANK_COPIES = 4  # the numbers, their gradient, and the two moments of the usual optimizers
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))

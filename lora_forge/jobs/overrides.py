@@ -55,8 +55,13 @@ def _are_options(value: Any) -> TypeGuard[dict[str, Any]]:
 def _value(config: RunConfig, key: str) -> Any:
     value = getattr(config, key)
     if key == "loss":
-        return [{**_table(one), "weight": one.weight} for one in value]
+        return [_term(one) for one in value]
     return _table(value) if isinstance(value, Choice) else plain(value)
+
+
+def _term(choice: Choice) -> dict[str, Any]:
+    schedule = {} if choice.schedule == "constant" else {"schedule": choice.schedule}
+    return {**_table(choice), "weight": choice.weight, **schedule}
 
 
 def _table(choice: Choice) -> dict[str, Any]:

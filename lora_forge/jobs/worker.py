@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lora_forge.model import LoadedModel
     from lora_forge.plan import Plan
     from lora_forge.result import RunResult
-    from lora_forge.training import Trained
+    from lora_forge.training.train import Trained
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Worker:
     def _together(self, plan: Plan, entries: Sequence[Entry]) -> Part:
         from lora_forge.clock import Clock
         from lora_forge.runner import announce_failure, run_infos
-        from lora_forge.training import train
+        from lora_forge.training.train import train
 
         requests = requests_of(plan, self._folder, entries)
         runs = run_infos(plan, requests)
@@ -221,9 +221,25 @@ def _line(
             "after": result.after.as_dict(),
             "strength": result.strength,
             "effect": result.effect.as_dict(),
+            **_measured(result, batch_size),
             "warnings": list(result.warnings),
         }
     return {**line, "seconds": round(seconds, 3), "error": reason(error) if error else None}
+
+
+def _measured(result: RunResult, batch_size: int) -> dict[str, Any]:
+    """What is in a line only where it was asked for. seconds_per_step: a prompt's share of its batch's."""
+    line: dict[str, Any] = {}
+    if result.updates != result.run.iterations:
+        line["updates"] = result.updates
+    if result.measured:
+        line["measured"] = {label: list(pair) for label, pair in result.measured.items()}
+    if result.probe:
+        steps = len(result.steps)
+        line |= {"probe": result.probe.as_dict(), "steps": [values.loss for values in result.steps]}
+        line["seconds_per_step"] = result.seconds["steps"] / steps / batch_size if steps else None
+        line["inert"] = list(result.inert)
+    return line
 
 
 def reason(error: Exception) -> str:

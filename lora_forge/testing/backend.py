@@ -14,8 +14,9 @@ from lora_forge.contracts import Backend, BackendRequest, TargetLayer
 from lora_forge.plugins import attribute_named
 from lora_forge.records import NEEDS, BackendSpec, FileLayout, Spec
 from lora_forge.testing.backend_adapted import examine_adapted
+from lora_forge.testing.backend_denoiser import examine_denoiser
 from lora_forge.testing.backend_model import Model, Outputs, check_same, compare_rows
-from lora_forge.testing.compare import FIRST_SEED, OTHER_MATES, SECOND_SEED, TOGETHER, listed, not_finite, shape_of
+from lora_forge.testing.compare import FIRST_SEED, OTHER_MATES, SECOND_SEED, TOGETHER, listed, shape_of
 from lora_forge.testing.examination import Book, Broken, global_seed, in_words
 
 _NO_MODEL = "this is no model"
@@ -154,9 +155,7 @@ def _examine_frozen(book: Book, model: Model) -> Outputs:
         model.check_encode(TOGETHER)
     with book.rule("conditioning", vital=True):
         _check_conditioning(model)
-    if "noise_prediction" in model.spec.reaches:
-        with book.rule("noise", vital=True):
-            _check_noise(model)
+    examine_denoiser(book, model)
     frozen: Outputs = {}
     with book.rule("frozen", vital=True):
         frozen = model.outputs_with_gradient(TOGETHER)
@@ -232,23 +231,3 @@ def _check_conditioning(model: Model) -> None:
             if not isinstance(tensor, torch.Tensor) or tensor.ndim < 2 or len(tensor) != len(TOGETHER):
                 got = f"{shape_of(tensor)} for {len(TOGETHER)} prompts"
                 raise Broken(f"{name!r} of conditioning() {of} has {got}; the first dimension is prompts")
-
-
-def _check_noise(model: Model) -> None:
-    try:
-        shape = model.backend.latent_shape()
-        noise = model.noise(TOGETHER, model.encode(TOGETHER, masked=False))
-    except NotImplementedError as error:
-        raise Broken(
-            "`reaches` has 'noise_prediction', but latent_shape() or predict_noise() is not there; write both, or "
-            "leave the need out"
-        ) from error
-    if not isinstance(shape, tuple) or [type(one) for one in shape] != [int, int, int]:
-        raise Broken(f"latent_shape() is {shape!r}; give (channels, height, width)")
-    expected = (len(TOGETHER), *shape)
-    if not isinstance(noise, torch.Tensor) or tuple(noise.shape) != expected:
-        raise Broken(f"predicted noise has {shape_of(noise)}, not that of the latents, {expected}")
-    if noise.dtype != torch.float32:
-        raise Broken(f"predicted noise is {noise.dtype}, not float32")
-    if how := not_finite(noise.detach()):
-        raise Broken(f"predicted noise is {how}")

@@ -7,13 +7,13 @@ import math
 import torch
 
 from lora_forge.errors import ModelError
-from lora_forge.objective import backward
 from lora_forge.preview.adapter import check_bare
-from lora_forge.reach import Reach
-from lora_forge.testing.backend_model import Model, Outputs, check_same, compare_rows
+from lora_forge.testing.backend_model import ATTENTION, Model, Outputs, check_same, compare_rows
 from lora_forge.testing.compare import OTHER_MATES, TOGETHER, listed, relative, same_bits
 from lora_forge.testing.examination import Book, Broken
 from lora_forge.testing.stage import adapt
+from lora_forge.training.objective import backward
+from lora_forge.training.reach import Reach
 
 _FILE = "out/my lora.safetensors"
 
@@ -120,16 +120,25 @@ def _check_independent(model: Model) -> None:
 
 
 def _check_reach(model: Model, need: str) -> None:
-    """What `text` and `noise_prediction` give a loss; nothing yet serves the other needs."""
-    if need not in ("text", "noise_prediction"):
+    """What a need gives a loss. A VAE, which no LoRA is in, gives nothing that could reach a layer."""
+    if need == "vae":
+        if model.spec.reaches[need]:
+            raise Broken(
+                f"reaches['vae'] declares {listed(model.spec.reaches[need])}; a VAE has no LoRA in it: declare ()"
+            )
         return
     model.fill(TOGETHER)
     assert model.slot.bank is not None
     reach = Reach(model.slot.bank)
     outputs = model.outputs_with_gradient(TOGETHER)
-    noise = outputs.pop("predicted noise", None)
-    used = list(outputs.values()) if need == "text" else [noise]
-    total = sum(tensor.square().mean() for tensor in used if tensor is not None)
+    given = {"noise_prediction": "predicted noise", "attention": ATTENTION}
+    beyond_text = tuple(given.values())
+    used = [
+        tensor
+        for name, tensor in outputs.items()
+        if (name.startswith(given[need]) if need in given else not name.startswith(beyond_text))
+    ]
+    total = sum(tensor.square().mean() for tensor in used)
     if not isinstance(total, torch.Tensor) or not total.requires_grad:
         raise Broken(f"what a loss with the need {need!r} gets has no gradient at all")
     backward(total)

@@ -18,6 +18,7 @@ from lora_forge.testing.examination import Broken
 from lora_forge.testing.stage import PROMPTS, personal_bank
 
 Outputs = dict[str, torch.Tensor]  # what the model says, in words, to a tensor (prompts, …)
+ATTENTION = "cross-attention of "
 _PARTS = {"last_hidden_state": 3, "penultimate_hidden_state": 3, "pooled": 2}  # and how many dimensions each has
 
 
@@ -44,6 +45,8 @@ class Model:
                 found |= {f"{name} of {encoder}{how}": getattr(output, name) for name in _PARTS}
         if "noise_prediction" in self.spec.reaches:
             found["predicted noise"] = self.noise(people, unmasked)
+        if "attention" in self.spec.reaches:
+            found |= {f"{ATTENTION}{path}": one for path, one in self.attention(people, unmasked).items()}
         return found
 
     def encode(self, people: Sequence[int], *, masked: bool) -> dict[str, EncoderOutput]:
@@ -56,10 +59,16 @@ class Model:
 
     def noise(self, people: Sequence[int], outputs: Mapping[str, EncoderOutput]) -> torch.Tensor:
         """Noise predicted for each one's own latents and timestep."""
+        return self.backend.predict_noise(self.latents(people), _timesteps(people), outputs)
+
+    def attention(self, people: Sequence[int], outputs: Mapping[str, EncoderOutput]) -> dict[str, torch.Tensor]:
+        """Cross-attention for the same."""
+        return self.backend.cross_attention(self.latents(people), _timesteps(people), outputs)
+
+    def latents(self, people: Sequence[int]) -> torch.Tensor:
+        """Each one's own."""
         shape = self.backend.latent_shape()
-        latents = [torch.randn(shape, generator=generator_for(f"latents of {person}")) for person in people]
-        timesteps = torch.tensor([100 + 150 * person for person in people])
-        return self.backend.predict_noise(torch.stack(latents), timesteps, outputs)
+        return torch.stack([torch.randn(shape, generator=generator_for(f"latents of {person}")) for person in people])
 
     def fill(self, people: Sequence[int], *, zero_b: bool = False) -> None:
         """Put a bank with these people's own weights in the slot."""
@@ -86,6 +95,10 @@ class Model:
         modules = [one for module in self.modules().values() for one in module.modules()]
         there = {one.key for one in modules if isinstance(one, BankLinear)}
         return [".".join(layer.key) for layer in self.layers if there and layer.key not in there]
+
+
+def _timesteps(people: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([100 + 150 * person for person in people])
 
 
 def _check_part(what: str, tensor: Any, dimensions: int, prompts: int) -> None:

@@ -11,10 +11,9 @@ import torch
 
 from lora_forge.batch import Batch
 from lora_forge.errors import LoraForgeError, UndeclaredNeed
-from lora_forge.objective import backward
 from lora_forge.options import options_as_dict
-from lora_forge.reach import Reach
 from lora_forge.records import NEEDS, LossSpec
+from lora_forge.testing.closed_form import check_closed_form
 from lora_forge.testing.compare import (
     FIRST_SEED,
     GRADIENT_TOLERANCE,
@@ -29,6 +28,8 @@ from lora_forge.testing.compare import (
 )
 from lora_forge.testing.examination import Book, Broken, Halt, global_seed, in_words
 from lora_forge.testing.stage import ONE_ENCODER, TINY, Stage, WatchedView, personal_bank, tiny_stage
+from lora_forge.training.objective import backward
+from lora_forge.training.reach import Reach
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ def examine_loss(book: Book, spec: LossSpec, options: Any, make: Callable[[], Ca
     with book.rule("tokens"):
         if spec.tokens == "content":
             exam.check_content(together)
+    with book.rule("solves"):
+        if spec.closed_form:
+            check_closed_form(exam.stage, exam.needs, spec.name, make)
     with book.rule("reaches"):
         exam.check_reached(together)
     with book.rule("undeclared", vital=True):

@@ -10,12 +10,12 @@ from torch import nn
 
 from lora_forge.bank import Bank
 from lora_forge.contracts import TargetLayer
-from lora_forge.optimizers import end_training, make_optimizer, start_optimizers
 from lora_forge.records import OptimizerSpec
 from lora_forge.seeds import generator_for
 from lora_forge.testing.compare import FIRST_SEED, SECOND_SEED, TOGETHER, not_finite, relative, same_bits
 from lora_forge.testing.examination import Book, Broken, global_seed
 from lora_forge.testing.stage import personal_bank, some_layers
+from lora_forge.training.optimizers import end_training, make_optimizer, start_optimizers
 
 _STEPS = 8
 _ROUNDING = 1e-7  # of the parameters: less than half a unit in the last place of each

@@ -20,7 +20,8 @@ RULES: dict[str, dict[str, str]] = {
         "deterministic": "the same layer and generator state give the same values",
         "generator": "it draws from the layer's generator alone; global seeds do not matter",
         "order": "a layer's values do not depend on the layers before it",
-        "immutable": "it changes neither its options nor what it returned earlier",
+        "gradient": "if declared to be given a gradient, it makes something of it",
+        "immutable": "it changes neither its options, nor the gradient it is given, nor what it returned earlier",
     }
     | _LAST,
     "loss": _FIRST
@@ -34,6 +35,7 @@ RULES: dict[str, dict[str, str]] = {
         "deterministic": "the same seed gives the same bits, whatever the global seed",
         "independent": "a prompt's value and gradient do not depend on the prompts beside it",
         "tokens": "if declared to read the content's tokens alone, it is the same where none follow the longest text",
+        "solves": "if declared closed_form, solve() gives each prompt its own weights, and they do not raise its value",
         "reaches": "what a need alone brings in, a gradient reaches, in one component at least",
         "undeclared": "the gradient reaches no component beyond those its `needs` declare",
         "families": "it works on a model with one text encoder too, or says in an ObjectiveError what that lacks",
@@ -73,6 +75,9 @@ RULES: dict[str, dict[str, str]] = {
         "encode": "encoders give finite float32 outputs with a leading prompts dimension, masked or not",
         "conditioning": "what the denoiser is conditioned on is told by the declared names, prompts leading",
         "noise": "noise is predicted in the latents' own shape, finite float32",
+        "schedule": "what it tells of the noise schedule is one float32 number a timestep, falling from 1 towards 0",
+        "attention": "cross-attention is float32 probabilities over the tokens, (prompts, height, width, tokens)",
+        "decode": "latents become float32 pictures in [0, 1], with a gradient to the latents",
         "deterministic": "the same input gives the same bits, whatever the global seed",
         "independent": "a prompt's outputs do not depend on the prompts beside it",
         "weight_norm": "a layer's frozen weight has a norm once it is loaded, and none before",

@@ -186,6 +186,47 @@ class FlatNoise(ToyBackend):
         return super().predict_noise(*arguments).flatten(1)
 
 
+class RisingSchedule(ToyBackend):
+    def alphas_cumprod(self) -> torch.Tensor:
+        return super().alphas_cumprod().flip(0)
+
+
+class NoAttention(ToyBackend):
+    cross_attention = Backend.cross_attention
+
+
+class Scores(ToyBackend):
+    """Attention before the softmax."""
+
+    def cross_attention(self, *arguments: Any) -> dict[str, torch.Tensor]:
+        return {path: one.log() for path, one in super().cross_attention(*arguments).items()}
+
+
+class FlatAttention(ToyBackend):
+    def cross_attention(self, *arguments: Any) -> dict[str, torch.Tensor]:
+        return {path: one.flatten(1, 2) for path, one in super().cross_attention(*arguments).items()}
+
+
+class AttentionWithoutText(ToyBackend):
+    def cross_attention(self, latents: torch.Tensor, timesteps: torch.Tensor, outputs: Any) -> dict[str, torch.Tensor]:
+        cut = {name: replace(output, pooled=output.pooled.detach()) for name, output in outputs.items()}
+        return super().cross_attention(latents, timesteps, cut)
+
+
+class NoDecoder(ToyBackend):
+    decode = Backend.decode
+
+
+class BrightPictures(ToyBackend):
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return 255 * super().decode(latents)
+
+
+class CutPictures(ToyBackend):
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().decode(latents.detach())
+
+
 class Training(ToyBackend):
     def load(self, components: Collection[str]) -> None:
         super().load(components)
@@ -366,6 +407,17 @@ BREAKERS = [
     breaker("declares no conditioning", ToyBackend, "conditioning", "small pooled", "conditioning=()", conditioning=()),
     breaker("predicts no noise", NoNoise, "noise", "predict_noise()", "leave the need out"),
     breaker("flattens noise", FlatNoise, "noise", "shape (3, 18)", f"{(3, *LATENT)}"),
+    breaker("turns its schedule round", RisingSchedule, "schedule", "from 0.01 to 0.99", "falling from timestep 0 on"),
+    breaker("has no attention", NoAttention, "attention", "cross_attention() is not there"),
+    breaker("gives scores of attention", Scores, "attention", "of outer", "sums to", "probabilities"),
+    breaker("flattens attention", FlatAttention, "attention", "shape (3, 9, 2)", "(prompts, height, width, tokens)"),
+    breaker(
+        "attends to no text", AttentionWithoutText, "reaches", "'attention'", "large, small", "no gradient arrives"
+    ),
+    breaker("decodes nothing", NoDecoder, "decode", "decode() is not there"),
+    breaker("gives pictures up to 255", BrightPictures, "decode", "give pictures in [0, 1]"),
+    breaker("cuts the pictures' gradient", CutPictures, "decode", "no gradient", "at the latents"),
+    breaker("trains its VAE", ToyBackend, "reaches", "'vae'", "declare ()", reaches={**REACHES, "vae": ("denoiser",)}),
     breaker("leaves dropout on", Training, "deterministic", "last_hidden_state of large", "eval()", "dropout"),
     breaker("subtracts the mean of all prompts", Centred, "independent", "pooled of small", "prompt 1 of 3", "alone"),
     breaker("has norms before it loads", NormBeforeLoad, "weight_norm", "before load()", "small.first", "None"),
@@ -382,7 +434,9 @@ BREAKERS = [
     breaker("declares too much", ToyBackend, "reaches", "'text'", "denoiser", reaches=TextReaches(*COMPONENTS)),
     breaker("leaves the LoRA in", LeavesLora, "release", "after release()", "6 layers", "small"),
     breaker("leaves a change", LeavesChange, "release", "after release() and load()", "of small"),
-    breaker("thaws the model", Thaws, "release", "predicted noise has a gradient", "unfrozen"),
+    breaker(
+        "thaws the model", Thaws, "release", "predicted noise, cross-attention of outer has a gradient", "unfrozen"
+    ),
     breaker("shows no use", NoUsage, "usage", "my lora.safetensors", "load the file"),
     breaker(
         "gives half a pipeline", HalfAPipeline, "pipeline", "a SimpleNamespace without denoiser", "NotImplementedError"

@@ -88,6 +88,31 @@ def counts_in_its_options(layer: InitialLayer, options: Mutable) -> Pair:
     return good(layer)
 
 
+def given_a_gradient(layer: InitialLayer) -> Pair:
+    """As a plugin that asks for gradients should: it takes what comes."""
+    lora_a, lora_b = good(layer)
+    return (lora_a if layer.gradient is None else lora_a + layer.gradient.matrix().sum(0)), lora_b
+
+
+def normalizes_its_gradient(layer: InitialLayer) -> Pair:
+    lora_a, lora_b = good(layer)
+    if layer.gradient is None:
+        return lora_a, lora_b
+    whole = layer.gradient.matrix()
+    return lora_a + (whole / whole.norm()).sum(0), lora_b
+
+
+def needs_its_gradient(layer: InitialLayer) -> Pair:
+    assert layer.gradient is not None, "no gradient"
+    return given_a_gradient(layer)
+
+
+def scales_its_gradient_in_place(layer: InitialLayer) -> Pair:
+    if layer.gradient is not None:
+        layer.gradient.outputs.mul_(100)
+    return given_a_gradient(layer)
+
+
 def raises(layer: InitialLayer) -> Pair:
     raise ValueError("no such layer")
 
@@ -112,5 +137,15 @@ BREAKERS = [
     breaker("fades from layer to layer", Fades, "order", "which layers came before it", "in reverse"),
     breaker("fills one buffer", OneBuffer, "immutable", "lora_A returned for", "return new tensors"),
     breaker("changes its options", counts_in_its_options, "immutable", "its own options", options=Mutable),
+    breaker("ignores its gradient", good, "gradient", "gradient=True", "the same without one", gradient=True),
+    breaker("divides by a gradient of zero", normalizes_its_gradient, "finite", "lora_A", "is NaN", gradient=True),
+    breaker(
+        "changes its gradient",
+        scales_its_gradient_in_place,
+        "immutable",
+        "the gradient it is given for text_encoder.",
+        gradient=True,
+    ),
+    breaker("cannot do without a gradient", needs_its_gradient, "runs", "no gradient", gradient=True),
     breaker("raises", raises, "runs", "ValueError: no such layer", "initializers.py, line"),
 ]

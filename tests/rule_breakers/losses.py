@@ -256,7 +256,6 @@ BREAKERS = [
         "asks for 'noise_prediction'",
         "declare needs={'noise_prediction', 'text'}",
     ),
-    breaker("needs what no backend has", good, "needs", "needs vae", "tiny_sdxl", "text", needs={"text", "vae"}),
     breaker("cannot tell its needs", good, "needs", "`needs`", "KeyError: 'mode'", needs=fails_to_tell),
     breaker("needs what is no need", good, "needs", "txt: no such need", needs=lambda _: {"txt"}),
     breaker(

@@ -16,7 +16,7 @@ ENCODERS = ("small", "large")
 COMPONENTS = (*ENCODERS, "denoiser")
 CONDITIONING = ("small pooled", "large pooled")
 LAYOUT = FileLayout(prefixes={"small": "lora_te1", "large": "lora_te2", "denoiser": "lora_unet"})
-REACHES = {"text": ENCODERS, "noise_prediction": COMPONENTS}
+REACHES = {"text": ENCODERS, "noise_prediction": COMPONENTS, "attention": COMPONENTS, "vae": ()}
 LENGTH, WIDTH = 40, 6
 LATENT = (2, 3, 3)
 
@@ -118,6 +118,19 @@ class ToyBackend(Backend):
         noise: torch.Tensor = self._modules["denoiser"](latents, timesteps, pooled)
         return noise
 
+    def alphas_cumprod(self) -> torch.Tensor:
+        return torch.linspace(0.99, 0.01, 10)
+
+    def cross_attention(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, outputs: Mapping[str, EncoderOutput]
+    ) -> dict[str, torch.Tensor]:
+        """Of two tokens, in each of nine places."""
+        noise = ToyBackend.predict_noise(self, latents, timesteps, outputs)
+        return {"outer": noise.view(-1, *LATENT[1:], LATENT[0]).softmax(dim=-1)}
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("kc,pchw->pkhw", torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]), latents).sigmoid()
+
     def weight_norm(self, component: str, layer: str) -> float | None:
         module = self._modules.get(component)
         if module is None:
@@ -136,6 +149,9 @@ class TextOnly(ToyBackend):
     components = ENCODERS
     latent_shape = Backend.latent_shape
     predict_noise = Backend.predict_noise
+    alphas_cumprod = Backend.alphas_cumprod
+    cross_attention = Backend.cross_attention
+    decode = Backend.decode
 
 
 def is_toy(source: str) -> bool:

@@ -15,7 +15,7 @@ from lora_forge.contracts import Backend, BackendRequest, EncoderOutput
 
 def open_sd15(request: BackendRequest, options: CheckpointOptions) -> Backend:
     """A Stable Diffusion 1.x from its files, or around a pipeline in memory. Raises ModelError."""
-    return Sd15Backend.open(request, options.config)
+    return Sd15Backend.open(request, options.config, gradient_checkpointing=options.gradient_checkpointing)
 
 
 def is_sd15(source: str) -> bool:

@@ -15,7 +15,7 @@ from lora_forge.contracts import Backend, BackendRequest, EncoderOutput
 
 def open_sdxl(request: BackendRequest, options: CheckpointOptions) -> Backend:
     """An SDXL from its files, or around a pipeline in memory. Raises ModelError."""
-    return SdxlBackend.open(request, options.config)
+    return SdxlBackend.open(request, options.config, gradient_checkpointing=options.gradient_checkpointing)
 
 
 def is_sdxl(source: str) -> bool:

@@ -8,8 +8,8 @@ from lora_forge.bank import Bank
 from lora_forge.batch import ModelView
 from lora_forge.effect.measure import conditioning_shifts
 from lora_forge.errors import RunFailed
-from lora_forge.failures import Failures
 from lora_forge.plan import Plan
+from lora_forge.training.failures import Failures
 
 TOLERANCE = 1e-3
 MAX_EVALUATIONS = 60

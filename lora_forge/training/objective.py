@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,14 @@ import torch
 from lora_forge.batch import Batch, ModelView
 from lora_forge.contracts import Loss
 from lora_forge.errors import RunFailed, blaming
+from lora_forge.schedules import TermSchedule
 
 
 @dataclass(frozen=True)
 class Term:
     """One loss of the objective; `label` is its name, made unique where a loss is used twice.
 
-    content_only: it reads nothing beyond a text's end.
+    content_only: it reads nothing beyond a text's end. schedule: of the weight, over the steps.
     """
 
     label: str
@@ -25,16 +26,22 @@ class Term:
     needs: frozenset[str]
     loss: Loss
     content_only: bool = False
+    schedule: TermSchedule = TermSchedule()
 
 
 class Objective:
-    """Evaluates all terms on one `ModelView`."""
+    """Evaluates all terms on one `ModelView`.
+
+    content_only: whether no term, nor the denoiser, reads beyond a text's end.
+    """
 
     def __init__(self, terms: Sequence[Term], view: ModelView) -> None:
         self.terms = tuple(terms)
         self._prompts, self._device = view.prompts, view.device
         # A denoiser is conditioned on all tokens, whatever the loss reads itself.
-        view.content_only = all(term.content_only and term.needs <= {"text"} for term in terms)
+        self.content_only = all(term.content_only and term.needs <= {"text"} for term in terms)
+        self._scheduled = any(term.schedule != TermSchedule() for term in terms)
+        self._factors = torch.ones(len(self.terms), device=view.device)
         self._batches = [Batch(view, term.needs, term.label) for term in terms]
 
     def values(self) -> dict[str, torch.Tensor]:
@@ -44,9 +51,24 @@ class Objective:
         """
         return {term.label: self._value(term, batch) for term, batch in zip(self.terms, self._batches, strict=True)}
 
-    def total(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted sum of terms, `(prompts,)`."""
+    def total(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum of terms, `(prompts,)`, whatever their schedules."""
         weighted = [term.weight * values[term.label] for term in self.terms]
+        return torch.stack(weighted).sum(dim=0)
+
+    def go_to(self, step: int, iterations: int) -> None:
+        """Have `trained_total` weight the terms as their schedules say for this step, counted from 1."""
+        if self._scheduled:  # in place: a step that was recorded reads the same memory
+            factors = [term.schedule.factor(step, iterations) for term in self.terms]
+            self._factors.copy_(torch.tensor(factors))
+
+    def trained_total(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a step differentiates, `(prompts,)`: the weighted sum of terms under their schedules."""
+        if not self._scheduled:
+            return self.total(values)
+        weighted = [
+            term.weight * factor * values[term.label] for term, factor in zip(self.terms, self._factors, strict=True)
+        ]
         return torch.stack(weighted).sum(dim=0)
 
     def _value(self, term: Term, batch: Batch) -> torch.Tensor:

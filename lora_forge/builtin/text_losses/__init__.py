@@ -1,0 +1,1 @@
+"""Losses that look at the text encoders alone."""
