@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_forge.records import SaverSpec as SaverSpec
     from lora_forge.result import RunResult as RunResult
     from lora_forge.session import Session as Session
+    from lora_forge.session import compare as compare
     from lora_forge.session import load as load
     from lora_forge.session import run as run
 
@@ -39,6 +40,7 @@ _HOMES = {
     "Session": "session",
     "Results": "comparison.results",
     "read_results": "comparison.results",
+    "compare": "session",
     "load": "session",
     "run": "session",
 }

@@ -53,8 +53,8 @@ class ModelView:
         self.prompts = len(self.seeds)
         self._tokens: dict[tuple[str, tuple[str, ...]], Tokens] = {}
         self._short: dict[Texts, dict[str, Tokens]] = {}
-        self._adapted: dict[tuple[Texts, bool, bool], dict[str, EncoderOutput]] = {}
-        self._frozen: dict[tuple[Texts, bool, bool], dict[str, EncoderOutput]] = {}
+        self._adapted: dict[tuple[Texts, bool, bool, bool], dict[str, EncoderOutput]] = {}
+        self._frozen: dict[tuple[Texts, bool, bool, bool], dict[str, EncoderOutput]] = {}
 
     def begin_step(self) -> None:
         """Forget what the adapted model said; its weights have moved."""
@@ -102,7 +102,8 @@ class ModelView:
     def outputs(self, texts: Texts, *, adapted: bool, masked: bool) -> dict[str, EncoderOutput]:
         """Outputs per encoder, each `(prompts, …)` float32; run once per step (adapted) or per run (frozen)."""
         cache = self._adapted if adapted else self._frozen
-        key = (texts, masked and not self._cut, self._cut)  # up to a text's end, masks change nothing
+        # Up to a text's end, masks change nothing. What was made without a graph is of no use where one is wanted.
+        key = (texts, masked and not self._cut, self._cut, adapted and torch.is_grad_enabled())
         if key not in cache:
             if adapted:
                 cache[key] = self._run(texts, key[1])

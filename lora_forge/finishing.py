@@ -75,6 +75,7 @@ def _result(
         before=trained.before[index],
         after=after,
         updates=trained.updates[index],
+        seconds_per_step=clock.seconds["steps"] / trained.taken if trained.taken else None,
         effect=effect,
         measured=trained.measured[index],
         probe=trained.probes[index] if trained.probes else None,

@@ -45,7 +45,7 @@ def short_digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. `load` are the components to load, `encoders` the text encoders to run.
+    """What will be done. `load` are the components to load, `encoders` the text encoders that the objective runs.
 
     terms: what is trained. measured: losses that are only evaluated, before and after.
     init_from: the earlier file's name and sha256, read once.
@@ -75,6 +75,11 @@ class Plan:
     @property
     def optimizer_spec(self) -> OptimizerSpec:
         return cast(OptimizerSpec, self.optimizer.supplied.spec)
+
+    @property
+    def loaded_encoders(self) -> tuple[str, ...]:
+        """The text encoders that are loaded, whether for the objective or for what is measured."""
+        return tuple(encoder for encoder in self.backend_spec.encoders if encoder in self.load)
 
     @property
     def saver_specs(self) -> tuple[SaverSpec, ...]:
@@ -261,9 +266,10 @@ def _components(
             f"{', '.join(sorted(reachable)) or 'nothing'}, but the target layers of {model.name!r} "
             f"are in {', '.join(sorted(targeted)) or 'no component'}: nothing would be trained"
         )
+    trained = targeted & reachable if needs <= {"text"} else reachable
+    encoders = tuple(encoder for encoder in backend.encoders if encoder in trained)
     asked_for = {component for need in all_needs for component in backend.reaches[need]}
-    load = targeted & asked_for if all_needs <= {"text"} else asked_for
-    encoders = tuple(encoder for encoder in backend.encoders if encoder in load)
+    load = trained if all_needs <= {"text"} else trained | asked_for
     if config.prompt_2 is not None and not set(encoders) & set(backend.encoders[1:]):
         raise ObjectiveError("prompt_2: no second text encoder is in use that would read it")
     return tuple(component for component in backend.components if component in load), encoders

@@ -38,8 +38,9 @@ class RunResult:
     steps: the objective before each update. updates: how many the weights have behind them: fewer than there were
         iterations where training stopped early, or an earlier iterate was the best. loss_before, loss_after: before the
         first update, and of the weights as saved.
-    measured: losses that were evaluated and not trained, (before, after) by label. probe: what else was measured, if
-        that was asked for.
+    seconds_per_step: of the whole batch; None without steps.
+    measured: losses that were evaluated and not trained, (before, after) by label; None of one that raised.
+    probe: what else was measured, if that was asked for.
     inert: layers the objective cannot reach, as `component.layer`; dropped: those of them the file leaves
         out; padded: layers of zeros that the file format demands.
     metadata: what the run records in the file, beside what its saver adds.
@@ -58,8 +59,9 @@ class RunResult:
     before: Values
     after: Values
     updates: int
+    seconds_per_step: float | None
     effect: Effect
-    measured: Mapping[str, tuple[float, float]]
+    measured: Mapping[str, tuple[float | None, float | None]]
     probe: Probe | None = field(repr=False)
     inert: tuple[str, ...] = field(repr=False)
     dropped: tuple[str, ...] = field(repr=False)

@@ -1,8 +1,8 @@
-"""The Python API: `run` for one prompt, `load` for many prompts in turn on one loaded model."""
+"""The Python API: `run` for one prompt, `load` for many in turn on one loaded model, `compare` for objectives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from lora_forge.plugins import Registry, discover
 from lora_forge.result import RunResult
 
 if TYPE_CHECKING:
+    from lora_forge.comparison.results import Results
     from lora_forge.model import LoadedModel
 
 _OF_THE_MODEL = ("model", "base_model", "device", "dtype", "backend_options", "plugins", "strict_plugins")
@@ -109,3 +110,48 @@ def run(prompt: str, model: str = "sdxl_base", *, pipeline: Any = None, **settin
     of_the_model = {key: settings.pop(key) for key in _OF_THE_MODEL if key in settings}
     with load(model, pipeline=pipeline, **of_the_model) as session:
         return session.run(prompt, **settings)
+
+
+def compare(
+    prompts: Sequence[str],
+    objectives: Sequence[str],
+    *,
+    output_dir: str | Path,
+    model: str = "sdxl_base",
+    seeds: int | Sequence[int] = 3,
+    seconds: float | None = None,
+    paraphrases: Sequence[str] | None = None,
+    controls: Sequence[str] | None = None,
+    plugins: Iterable[str | Path] = (),
+    **settings: Any,
+) -> Results:
+    """What `lora-forge compare` does: a LoRA of each objective for every prompt and seed, and what they came to.
+
+    objectives: each a sum such as `"A + 0.1*B(key=value)"`. seeds: so many from 0, or these. seconds: of training for
+    each LoRA. paraphrases: texts with `{prompt}`; controls: prompts that have nothing to do with these; None for those
+    that come along. settings: keys of a run config that all share, and `batch_size` and `threads`.
+    Called again with the same folder, it makes only what is missing. Raises UsageError (and its kinds) for what cannot
+    be done as asked; a LoRA that failed is a row that says why.
+    """
+    from contextlib import nullcontext
+
+    from lora_forge.comparison.job import CONTROLS, PARAPHRASES, Comparison
+    from lora_forge.comparison.job import compare as carry_out
+    from lora_forge.effect.control_prompts import CONTROL_PROMPTS, drawn
+
+    of_the_job = {key: settings.pop(key) for key in ("batch_size", "threads") if key in settings}
+    layer = {**settings, "model": model, "plugins": tuple(Path(path) for path in plugins)}
+    config = read_run_config([layer])
+    asked = Comparison(
+        layers=(layer,),
+        objectives=tuple(objectives),
+        prompts=tuple(prompts),
+        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+        output_dir=str(output_dir),
+        seconds=seconds,
+        paraphrases=PARAPHRASES if paraphrases is None else tuple(paraphrases),
+        controls=tuple(drawn(CONTROL_PROMPTS, CONTROLS, seed=0) if controls is None else controls),
+        **of_the_job,
+    )
+    registry = discover(config.plugins, strict=config.strict_plugins)
+    return carry_out(asked, registry, lambda _: nullcontext(lambda *_: None))

@@ -27,7 +27,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES: dict[str, Family] = {"tiny_sdxl": SDXL, "tiny_sd15": SD15}
 CHECKOUT = Path(__file__).parent.parent
-APART = ("test_docs.py", "test_docs_site.py")  # files of long tests that share little
+APART = ("test_docs.py", "test_docs_site.py", "test_first_party_plugins.py")  # files of long tests that share little
 
 
 @pytest.hookimpl(optionalhook=True)

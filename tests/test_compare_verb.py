@@ -41,14 +41,12 @@ def pool(batch):
     return sum(out.pooled.square().mean(1) for out in batch.adapted().values())
 
 def picky(batch):
-    if any("fox" in text for text in next(iter(batch.texts.values()))) and torch.is_grad_enabled():
+    if any("fox" in text for text in next(iter(batch.texts.values()))):
         raise ValueError("no foxes")
     return size(batch)
 
 def impossible(batch):
-    if torch.is_grad_enabled():
-        raise ObjectiveError("nothing of that kind here")
-    return size(batch)
+    raise ObjectiveError("nothing of that kind here")
 
 def deadly(request):
     if request.prompt == os.environ.get("DEADLY") and "pool" in str(request.path):
@@ -170,6 +168,8 @@ def test_the_cross_table_holds_what_a_single_run_measures_of_the_other_objective
         own, other = (row.measured.cross[name] for name in OBJECTIVES)
         for index, when in enumerate(("before", "after")):
             pool, size = (single.measured[label][index] for label in ("pool", "size"))
+            assert pool is not None
+            assert size is not None
             assert getattr(own, when) == pytest.approx(size, rel=1e-5)
             assert getattr(other, when) == pytest.approx(0.5 * pool + 2 * size, rel=1e-5)
         assert own.random not in (None, own.before, own.after)

@@ -16,7 +16,7 @@ FOLDERS = sorted(path.parent for path in (CHECKOUT / "plugins").glob("*/pyprojec
 each_plugin = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A wheel of each, built by pip from a copy."""
     target, copies = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("copies")
@@ -28,7 +28,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(target.glob("*.whl"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def environment(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> FreshEnvironment:
     made = FreshEnvironment.make(tmp_path_factory.mktemp("first_party") / "environment")
     made.install(*wheels)

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_keep_and_stop import same_weights
 
 import lora_forge
 from lora_forge import RunResult
+from lora_forge.config.model import shipped_folder
 from lora_forge.errors import ConfigError
 from lora_forge.options import Text, parse_options
 from lora_forge.prompts import prompts_field
 from lora_forge.schedules import TERM_SCHEDULES, TermSchedule
+from lora_forge.seeds import generator_for
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -32,6 +35,14 @@ def size(batch):
 def noisy(batch):
     latents, timesteps = batch.randn("latents", *batch.latent_shape), torch.full((batch.prompts,), 500)
     return batch.predict_noise(latents, timesteps, batch.adapted(), adapted=True).square().mean((1, 2, 3))
+
+def drawn(batch):
+    latents, timesteps = batch.randn("latents", *batch.latent_shape), torch.full((batch.prompts,), 500)
+    noise = batch.predict_noise(latents, timesteps, batch.adapted(), adapted=True)
+    return batch.randn("number") + 0 * noise.mean((1, 2, 3))
+
+def broken(batch):
+    raise ValueError("not on this model")
 
 @dataclass(frozen=True)
 class Near:
@@ -60,6 +71,8 @@ def lora_forge_optimizers():
 def lora_forge_losses():
     yield LossSpec(name="size", summary="s", needs={"text"}, factory=size)
     yield LossSpec(name="noisy", summary="s", needs={"text", "noise_prediction"}, factory=noisy)
+    yield LossSpec(name="drawn", summary="s", needs={"text", "noise_prediction"}, factory=drawn)
+    yield LossSpec(name="broken", summary="s", needs={"text"}, factory=broken)
     yield LossSpec(name="near", summary="s", needs={"text"}, options=Near, factory=NearLoss)
 """
 
@@ -93,16 +106,37 @@ def test_measuring_leaves_the_noise_of_the_step_loop_as_it_was(forge: Callable[.
     assert same_weights(plain, beside)
 
 
-def test_a_measured_loss_through_the_unet_is_the_mean_of_four_draws_that_are_the_same_every_time(
+def test_a_measured_loss_through_the_unet_is_the_mean_of_four_draws_that_no_step_sees(
     forge: Callable[..., RunResult],
 ) -> None:
-    one = forge(iterations=0, measure=["noisy"])
-    assert one.measured["noisy"][0] == one.measured["noisy"][1]
-    # With nothing to move the weights, the first four steps see the four draws.
-    steps = forge(loss="noisy", iterations=4, optimizer={"name": "adamw", "options": {"lr": 1e-30}}).steps
-    draws = [own.terms["noisy"] for own in steps]
-    assert len(set(draws)) == 4
-    assert one.measured["noisy"][0] == pytest.approx(sum(draws) / 4, rel=1e-4)
+    one = forge(iterations=2, measure=["drawn"])
+    draws = [float(torch.randn((), generator=generator_for(f"0/drawn/{-draw}/number"))) for draw in (1, 2, 3, 4)]
+    assert one.measured["drawn"] == pytest.approx((sum(draws) / 4, sum(draws) / 4), abs=1e-6)
+    steps = [values.terms["drawn"] for values in forge(iterations=4, loss="drawn").steps]
+    assert not set(steps) & set(draws)
+
+
+def test_a_measured_loss_that_raises_has_no_value_and_costs_no_other(forge: Callable[..., RunResult]) -> None:
+    result = forge(measure=["size", "broken"])
+    assert result.measured["broken"] == (None, None)
+    assert None not in result.measured["size"]
+    assert any("'broken' has no value: " in warning for warning in result.warnings)
+    assert same_weights(result, forge())
+
+
+def test_a_measured_loss_does_not_change_which_encoders_the_objective_runs(
+    forge: Callable[..., RunResult], tmp_path: Path
+) -> None:
+    config = json.loads((shipped_folder() / "tiny_sdxl_config.json").read_text(encoding="utf-8"))
+    config["target_layers_text_encoder_2"] = []
+    config["layer_dimensions_text_encoder_2"] = {}
+    (tmp_path / "first_alone.json").write_text(json.dumps(config), encoding="utf-8")
+    model = str(tmp_path / "first_alone.json")
+    plain = lora_forge.run("an owl", model, iterations=3)
+    beside = lora_forge.run("an owl", model, iterations=3, measure=["noisy"], plugins=[tmp_path / "measures.py"])
+    assert [one.loss for one in plain.steps] == [one.loss for one in beside.steps]
+    assert same_weights(plain, beside)
+    assert [shift.name for shift in beside.effect.shifts] == [shift.name for shift in plain.effect.shifts]
 
 
 def test_a_measured_loss_that_the_backend_cannot_serve_is_named(tmp_path: Path) -> None:

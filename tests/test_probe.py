@@ -13,11 +13,10 @@ import torch
 from lora_forge.bank import Bank
 from lora_forge.batch import ModelView
 from lora_forge.contracts import LayerKey
-from lora_forge.effect.probe import Probe, measure_probe, random_bank
+from lora_forge.effect.probe import Probe, measure_probe, names_of, random_bank
 from lora_forge.testing.stage import PROMPTS, Stage, personal_bank, tiny_stage
 
 PEOPLE = (0, 3)
-SEEDS = (7, 8)
 PARAPHRASES = ("a picture of {prompt}", "{prompt}, seen again")
 CONTROLS = ("a bowl of cherries", "three red chairs", "a steampunk owl")  # the last is the first one's own prompt
 
@@ -78,11 +77,11 @@ def mean(numbers: list[float]) -> float:
 
 def measured(stage: Stage, bank: Bank, view: ModelView, **settings: Any) -> list[Probe]:
     given: dict[str, Any] = {"paraphrases": PARAPHRASES, "controls": CONTROLS, "evaluate": lambda: [{}, {}]}
-    return measure_probe(bank, view, reached=list(bank.pairs), seeds=SEEDS, **{**given, **settings})
+    return measure_probe(bank, view, reached=list(bank.pairs), **{**given, **settings})
 
 
 def test_shifts_are_those_of_each_text_and_prompt_alone(stage: Stage, bank: Bank) -> None:
-    random = random_bank(bank, bank.delta_norms(), SEEDS)
+    random = random_bank(bank, bank.delta_norms(), names_of(stage.view(PEOPLE)))
     for prompt, probe in enumerate(measured(stage, bank, stage.view(PEOPLE))):
         own = PROMPTS[PEOPLE[prompt]]
         for weights, found in ((bank, probe), (random, probe.random)):
@@ -120,15 +119,14 @@ def test_norms_and_rank_are_those_of_the_products_written_out(stage: Stage, bank
 def test_effective_rank_is_of_the_layers_reached(stage: Stage, bank: Bank) -> None:
     keys = list(bank.pairs)
     some, none = (
-        measure_probe(bank, stage.view(PEOPLE), reached, (), (), lambda: [{}, {}], SEEDS)
-        for reached in (keys[2:4], keys[:1])
+        measure_probe(bank, stage.view(PEOPLE), reached, (), (), lambda: [{}, {}]) for reached in (keys[2:4], keys[:1])
     )
     assert some[0].effective_rank != measured(stage, bank, stage.view(PEOPLE))[0].effective_rank
     assert none[0].effective_rank is None
 
 
 def test_the_random_lora_has_every_layers_norm_and_nothing_else_of_it(stage: Stage, bank: Bank) -> None:
-    random = random_bank(bank, bank.delta_norms(), SEEDS)
+    random = random_bank(bank, bank.delta_norms(), names_of(stage.view(PEOPLE)))
     for prompt in range(len(PEOPLE)):
         ours, theirs = delta(bank, prompt), delta(random, prompt)
         for key, one in ours.items():
@@ -137,11 +135,13 @@ def test_the_random_lora_has_every_layers_norm_and_nothing_else_of_it(stage: Sta
                 assert abs(float(torch.cosine_similarity(one.flatten(), theirs[key].flatten(), dim=0))) < 0.3
 
 
-def test_the_random_lora_depends_on_the_prompts_seed_and_not_on_who_is_beside_it(stage: Stage, bank: Bank) -> None:
-    both = random_bank(bank, bank.delta_norms(), SEEDS)
+def test_the_random_lora_depends_on_the_prompt_and_its_seed_and_not_on_who_is_beside_it(
+    stage: Stage, bank: Bank
+) -> None:
+    both = random_bank(bank, bank.delta_norms(), names_of(stage.view(PEOPLE)))
     one = alone(bank, 1)
-    again = random_bank(one, one.delta_norms(), SEEDS[1:])
-    other = random_bank(one, one.delta_norms(), SEEDS[:1])
+    again = random_bank(one, one.delta_norms(), names_of(stage.view(PEOPLE))[1:])
+    other = random_bank(one, one.delta_norms(), names_of(stage.view(PEOPLE))[:1])
     for key, pair in again.pairs.items():
         assert torch.equal(pair.lora_A[0], both.pairs[key].lora_A[1])
         assert torch.equal(pair.lora_B[0], both.pairs[key].lora_B[1])
@@ -162,7 +162,7 @@ def test_measured_losses_are_asked_for_under_the_trained_and_the_random_weights(
         assert torch.equal(bank.parameter, before)
         assert stage.slot.bank is bank
         for prompt, probe in enumerate(probes):
-            stage.slot.bank = random_bank(bank, bank.delta_norms(), SEEDS)
+            stage.slot.bank = random_bank(bank, bank.delta_norms(), names_of(stage.view(PEOPLE)))
             view.begin_evaluation()
             assert probe.measured_random == evaluate()[prompt] != probe.measured_after
     assert json.loads(json.dumps(probes[0].as_dict()))["random"]["specificity"]["ratio"] > 0

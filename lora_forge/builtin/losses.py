@@ -12,6 +12,12 @@ _TEXT = "lora_forge.builtin.text_losses"
 
 @hookimpl
 def lora_forge_losses() -> Iterator[LossSpec]:
+    yield from _of_the_prompt_alone()
+    yield from _of_other_texts()
+    yield from _of_one_vector()
+
+
+def _of_the_prompt_alone() -> Iterator[LossSpec]:
     yield LossSpec(
         name="embedding_magnitude",
         summary="larger embeddings: the mean size of what each text encoder makes of the prompt",
@@ -34,6 +40,9 @@ def lora_forge_losses() -> Iterator[LossSpec]:
         tokens="content",
         factory=f"{_TEXT}.magnitude:conditioning_magnitude",
     )
+
+
+def _of_other_texts() -> Iterator[LossSpec]:
     yield LossSpec(
         name="embed_write",
         summary="makes the prompt mean what another text means",
@@ -66,6 +75,9 @@ def lora_forge_losses() -> Iterator[LossSpec]:
         capturable=True,
         factory=f"{_TEXT}.writing:embed_preserve",
     )
+
+
+def _of_one_vector() -> Iterator[LossSpec]:
     yield LossSpec(
         name="pooled_align",
         summary="turns the prompt's pooled vector towards another text's",

@@ -78,9 +78,10 @@ class _Whole:
         if self._rest is not None:
             with torch.no_grad():
                 self._rest[: self._count].copy_(self._parameter.detach().reshape(-1)[self._even :])
-                self._rest.grad = None if gradient is None else torch.zeros_like(self._rest)
+                self._rest.grad = None
                 if gradient is not None:
-                    self._rest.grad[: self._count].copy_(gradient.reshape(-1)[self._even :])
+                    self._rest.grad = torch.zeros_like(self._rest)
+                    self._rest.grad[: self._count] = gradient.reshape(-1)[self._even :]
 
     def take_back(self) -> None:
         """After a step: what was not stepped in place."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from lora_forge.cli.answer import json_alone
 from lora_forge.cli.registry import open_registry
@@ -71,7 +72,7 @@ def command(output_dir: str | None, source: str | None, no_report: bool, as_json
 
     check_installed()
     with json_alone(as_json) as answer:
-        results = _again(source, output_dir, given) if source is not None else _compared(output_dir, **given)
+        results = _again(source) if source is not None else _compared(output_dir, **given)
         folder = output_dir or _folder(source or "")
         report = None if no_report else _report(folder, results)
         failed = sum(row.error is not None for row in results.rows)
@@ -87,11 +88,18 @@ def command(output_dir: str | None, source: str | None, no_report: bool, as_json
     return 1 if failed else 0
 
 
-def _again(source: str, output_dir: str | None, given: Mapping[str, Any]) -> Results:
+def _again(source: str) -> Results:
     from lora_forge.comparison.results import read_results
 
-    if output_dir or given["prompts"] or given["loss"]:
-        raise UsageError("--from makes a report of results there are; it takes no --prompts, --loss or --output-dir")
+    context = click.get_current_context()
+    other = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in ("source", "no_report", "as_json")
+        and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    ]
+    if other:
+        raise UsageError(f"--from makes a report of results there are; it takes no {', '.join(other)}")
     return read_results(source)
 
 

@@ -78,7 +78,7 @@ def print_result(result: RunResult) -> None:
     console.print(_layer_table(result))
     if result.effect.shifts:
         console.print(_shift_table(result))
-    if result.updates not in (0, result.run.iterations):
+    if result.updates != result.run.iterations:
         console.print(f"kept: the weights after {result.updates} of {result.run.iterations} steps", highlight=False)
     if result.strength != 1:
         console.print(f"scaled by {result.strength:.6g}", highlight=False)
@@ -127,7 +127,8 @@ def _loss_table(result: RunResult) -> Table:
     table.add_row("L2", f"{result.before.l2:.6g}", f"{result.after.l2:.6g}")
     table.add_row("[bold]total[/]", f"[bold]{result.before.loss:.6g}[/]", f"[bold]{result.after.loss:.6g}[/]")
     for label, (before, after) in result.measured.items():
-        table.add_row(f"[dim]measured:[/] {escape(label)}", f"{before:.6g}", f"{after:.6g}")
+        values = ("–" if value is None else f"{value:.6g}" for value in (before, after))
+        table.add_row(f"[dim]measured:[/] {escape(label)}", *values)
     return table
 
 

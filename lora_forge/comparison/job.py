@@ -64,8 +64,11 @@ def compare(asked: Comparison, registry: Registry, watch: WatchObjective) -> Res
     objectives, measured = read_objectives(asked.objectives, registry)
     jobs = [_job(asked, one, measured) for one in objectives]
     plans = [_plan(asked, job, registry) for job in jobs]
+    for one, plan in zip(objectives, plans, strict=True):
+        _check_schedules(one, plan)
     made = [_carry_out(one, job, registry, watch) for one, job in zip(objectives, jobs, strict=True)]
-    results = Results(_header(asked, plans[0], made), gathered(made, asked.prompts, asked.seeds))
+    trained = next((plan for plan in plans if not plan.closed_form), plans[0])  # one that is solved takes no steps
+    results = Results(_header(asked, trained, made), gathered(made, asked.prompts, asked.seeds))
     write_results(place_of(asked.output_dir) / NAME, results)
     return results
 
@@ -90,6 +93,20 @@ def _check(asked: Comparison) -> None:
     plain = next((text for text in asked.paraphrases if "{prompt}" not in text), None)
     if plain is not None:
         raise UsageError(f"the paraphrase {plain!r} has no {{prompt}} in it, and so is the same for all prompts")
+
+
+def _check_schedules(objective: ComparedObjective, plan: Plan) -> None:
+    """Raises UsageError for a schedule over all steps where nobody knows how many there will be."""
+    if plan.iterations != UNLIMITED:
+        return
+    whole = [term.label for term in plan.terms if term.schedule.kind != "constant" and term.schedule.last is None]
+    if getattr(plan.optimizer.options, "schedule", "constant") != "constant":
+        whole.append(f"optimizer {plan.optimizer.name}")
+    if whole:
+        raise UsageError(
+            f"{objective.name}: the schedule of {', '.join(whole)} goes over all steps, and seconds do not say how "
+            "many there are: give its steps, such as linear:1-30, or the iterations too"
+        )
 
 
 def _job(asked: Comparison, objective: ComparedObjective, measured: Sequence[Mapping[str, Any]]) -> Job:

@@ -197,14 +197,18 @@ def _against_first(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Pai
 
 
 def _against_random(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Paired]]:
-    """By objective and measure, what the trained LoRA has more than the random one. One family for each measure."""
+    """By objective and measure, what the trained LoRA has more than the random one.
+
+    Shift and specificity are one family, since either tells an objective from chance; own objectives are another.
+    """
     made: dict[str, dict[str, Paired]] = {name: {} for name in rows}
-    for measure in ("conditioning_shift", "specificity", OWN):
+    for family in (("conditioning_shift", "specificity"), (OWN,)):
+        asked = [(name, measure) for name in rows for measure in family]
         pairs = []
-        for name, own in rows.items():
+        for name, measure in asked:
             trained = _change(name) if measure == OWN else _MEASURES[measure]
             random = _random_change(name) if measure == OWN else _OF_RANDOM[measure]
-            pairs.append((_values(own, random), _values(own, trained)))
-        for name, paired in zip(rows, paired_family(pairs), strict=True):
+            pairs.append((_values(rows[name], random), _values(rows[name], trained)))
+        for (name, measure), paired in zip(asked, paired_family(pairs), strict=True):
             made[name][measure] = paired
     return made

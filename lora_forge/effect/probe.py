@@ -17,7 +17,7 @@ from lora_forge.files.deltas import norm_and_rank
 from lora_forge.seeds import generator_for
 
 Result = TypeVar("Result")
-Measured = Mapping[str, float]  # a loss's label to its value
+Measured = Mapping[str, float | None]  # a loss's label to its value, None of one that raised
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,14 @@ def measure_probe(
     paraphrases: Sequence[str],
     controls: Sequence[str],
     evaluate: Callable[[], Sequence[Measured]],
-    seeds: Sequence[int],
 ) -> list[Probe]:
     """One `Probe` per prompt of a bank that is in the view's slot. The bank itself is not changed.
 
     paraphrases: texts in which `{prompt}` stands for each prompt's own text. evaluate: per prompt, the measured losses
-    under the weights that are in the slot. seeds: per prompt, of its random LoRA. All models run unmasked, as the
-    pipeline does.
+    under the weights that are in the slot. All models run unmasked, as the pipeline does.
     """
     norms = bank.delta_norms()
-    random = random_bank(bank, norms, seeds)
+    random = random_bank(bank, norms, names_of(view))
     movements = _movements(view, (bank, random), paraphrases, controls)
     after, by_chance = (_under(view, each, evaluate) for each in (bank, random))
     components = dict.fromkeys(component for component, _ in norms)
@@ -108,25 +106,30 @@ def measure_probe(
     ]
 
 
-def random_bank(bank: Bank, norms: Mapping[LayerKey, torch.Tensor], seeds: Sequence[int]) -> Bank:
+def names_of(view: ModelView) -> list[str]:
+    """What each prompt's random LoRA is drawn by: its seed and its texts, so that no two prompts share one."""
+    return [f"{seed}/{'/'.join(_row(view.texts, prompt))}" for prompt, seed in enumerate(view.seeds)]
+
+
+def random_bank(bank: Bank, norms: Mapping[LayerKey, torch.Tensor], names: Sequence[str]) -> Bank:
     """A bank nobody trains, of normal A and B, whose ‖ΔW‖ are `norms`, `(prompts,)` of each layer.
 
-    A layer's numbers depend on the prompt's seed and the layer alone.
+    names: what each prompt's numbers are drawn by; a layer's depend on it and on the layer alone.
     """
     result = Bank((), rank=bank.rank, alpha=bank.alpha, prompts=bank.prompts, device=str(bank.parameter.device))
     result.layers = bank.layers
     for key, pair in bank.pairs.items():
-        result.pairs[key] = _random_pair(pair, key, norms[key] / bank.scale, seeds)
+        result.pairs[key] = _random_pair(pair, key, norms[key] / bank.scale, names)
     return result
 
 
-def _random_pair(pair: Pair, key: LayerKey, norms: torch.Tensor, seeds: Sequence[int]) -> Pair:
+def _random_pair(pair: Pair, key: LayerKey, norms: torch.Tensor, names: Sequence[str]) -> Pair:
     """A and B of one layer. norms: of B A, `(prompts,)`."""
     if not bool(norms.any()):  # views of a single number
         return Pair(*(matrix.new_zeros(()).expand(matrix.shape) for matrix in pair))
     rows = []
-    for seed, norm in zip(seeds, norms, strict=True):
-        generator = generator_for(f"{seed}/random/{key[0]}/{key[1]}")
+    for name, norm in zip(names, norms, strict=True):
+        generator = generator_for(f"{name}/random/{key[0]}/{key[1]}")
         a, b = (torch.randn(matrix.shape[1:], generator=generator).double() for matrix in pair)
         size = ((a @ a.T) * (b.T @ b)).sum().sqrt()
         rows.append((a.float(), (b * (norm / size)).float()))

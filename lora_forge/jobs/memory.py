@@ -42,7 +42,8 @@ def _saved_bytes(plan: Plan, requests: list[Request], model: LoadedModel) -> int
     own = bank.parameter.untyped_storage()
     saved.pop(own.data_ptr(), None)
     del values, view
-    return _BANK_COPIES * own.nbytes() + sum(saved.values())
+    copies = _BANK_COPIES + (plan.config.keep == "best" or bool(plan.config.stop_when)) + plan.config.probe
+    return copies * own.nbytes() + sum(saved.values())
 
 
 def free_memory(device: str) -> int:

@@ -235,9 +235,9 @@ def _measured(result: RunResult, batch_size: int) -> dict[str, Any]:
     if result.measured:
         line["measured"] = {label: list(pair) for label, pair in result.measured.items()}
     if result.probe:
-        steps = len(result.steps)
         line |= {"probe": result.probe.as_dict(), "steps": [values.loss for values in result.steps]}
-        line["seconds_per_step"] = result.seconds["steps"] / steps / batch_size if steps else None
+        per_step = result.seconds_per_step
+        line["seconds_per_step"] = None if per_step is None else per_step / batch_size
         line["inert"] = list(result.inert)
     return line
 

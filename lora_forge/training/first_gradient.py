@@ -1,7 +1,8 @@
-"""The objective's gradient with respect to frozen weights before the first step, for initializers that ask for it."""
+"""The objective's gradient with respect to ΔW before the first step, for initializers that ask for it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -30,13 +31,14 @@ class RecordingBank(Bank):
 
     def adapt(self, key: LayerKey, result: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         adapted = super().adapt(key, result, hidden)
-        noted: torch.Tensor = _Noted.apply(adapted, hidden, partial(self._note, key))  # type: ignore[no-untyped-call]
+        sign = math.copysign(1.0, self.scale)  # below 0 where the loss looks at the model with -ΔW in it
+        noted: torch.Tensor = _Noted.apply(adapted, hidden, partial(self._note, key, sign))  # type: ignore[no-untyped-call]
         return noted
 
-    def _note(self, key: LayerKey, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _note(self, key: LayerKey, sign: float, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
         inputs, outputs = (one.detach().reshape(self.prompts, -1, one.shape[-1]) for one in (hidden, gradient))
         # A copy of the gradient, since autograd may add to the tensor it gave; nothing writes to the input any more.
-        copy = outputs.to("cpu", torch.float32, copy=True)
+        copy = outputs.to("cpu", torch.float32, copy=True).mul_(sign)
         self._noted.setdefault(key, []).append((copy, inputs.to("cpu", torch.float32)))
 
     def gradients(self) -> Gradients:

@@ -8,10 +8,12 @@ import torch
 
 from lora_forge.batch import ModelView
 from lora_forge.choices import ChosenTerm
-from lora_forge.errors import blaming
+from lora_forge.errors import LoraForgeError, blaming
 from lora_forge.training.objective import Objective, Term
 
 DRAWS = 4  # evaluations that are averaged of losses that see noise
+
+Measured = dict[str, float | None]
 
 
 def build_terms(chosen: Sequence[ChosenTerm]) -> list[Term]:
@@ -20,28 +22,47 @@ def build_terms(chosen: Sequence[ChosenTerm]) -> list[Term]:
 
 
 class MeasuredLosses:
-    """The losses of `--measure`, on the prompts of one view."""
+    """The losses of `--measure`, each alone, on a view that the step loop knows nothing of.
+
+    notes: why a loss has no value; it costs no other.
+    """
 
     def __init__(self, chosen: Sequence[ChosenTerm], view: ModelView) -> None:
-        terms = build_terms(chosen)
         self._view = view
-        self._exact = Objective([term for term in terms if term.needs <= {"text"}], view)
-        self._noisy = Objective([term for term in terms if not term.needs <= {"text"}], view)
-        self._labels = [term.label for term in terms]
+        self._objectives = {term.label: Objective([term], view) for term in build_terms(chosen)}
+        self.notes: list[str] = []
 
-    def values(self) -> list[dict[str, float]]:
+    def values(self) -> list[Measured]:
         """Per prompt, each loss, unweighted, of the weights that are in the slot; through the denoiser, the mean of
-        several draws of noise, the same ones every time.
+        several draws of noise, always the same ones, and none that a step sees. None of a loss that raised.
         """
-        step = self._view.step
-        with torch.no_grad(), blaming("a measured loss"):
-            self._view.begin_evaluation()
-            sums = self._exact.values()
-            for draw in range(DRAWS if self._noisy.terms else 0):
-                self._view.begin_evaluation(draw + 1)
-                for label, value in self._noisy.values().items():
-                    sums[label] = sums.get(label, torch.zeros_like(value)) + value / DRAWS
-            self._view.begin_evaluation()
-        self._view.step = step  # the step loop's noise goes on as if nothing had been measured
-        columns = [sums[label].tolist() for label in self._labels]
-        return [dict(zip(self._labels, row, strict=True)) for row in zip(*columns, strict=True)]
+        draws: dict[str, list[torch.Tensor]] = {label: [] for label in self._objectives}
+        with torch.no_grad():
+            for draw in range(1, DRAWS + 1):
+                self._view.begin_evaluation(-draw)
+                for label, objective in self._objectives.items():
+                    if draw == 1 or not objective.terms[0].needs <= {"text"}:
+                        draws[label] += self._value(label, objective)
+        self._view.begin_evaluation()
+        columns = {label: torch.stack(own).mean(dim=0).tolist() if own else None for label, own in draws.items()}
+        return [
+            {label: column[prompt] if column else None for label, column in columns.items()}
+            for prompt in range(self._view.prompts)
+        ]
+
+    def changes(self, before: Sequence[Measured]) -> list[dict[str, tuple[float | None, float | None]]]:
+        """Per prompt, what each loss was and is now, by label."""
+        return [
+            {label: (value, after[label]) for label, value in own.items()}
+            for own, after in zip(before, self.values(), strict=True)
+        ]
+
+    def _value(self, label: str, objective: Objective) -> list[torch.Tensor]:
+        """One value per prompt, `(prompts,)`; none of a loss that raises, whose reason is noted."""
+        try:
+            with blaming(f"measured loss {label!r}"):
+                return [objective.values()[label]]
+        except LoraForgeError as error:
+            if (note := f"measured loss {label!r} has no value: {error}") not in self.notes:
+                self.notes.append(note)
+            return []

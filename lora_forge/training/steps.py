@@ -41,7 +41,7 @@ class StepLog:
 
     heard: the runs that observers are told of.
     values: per prompt, the objective before each update, as far as it has been delivered and the prompt has neither
-    failed nor stopped. over: all prompts have stopped, as far as that has been delivered.
+    failed nor stopped. over: all prompts have failed or stopped, as far as that has been delivered.
     """
 
     def __init__(
@@ -82,7 +82,6 @@ class StepLog:
         chunk = torch.stack(self._pending).cpu()
         first, self._first = self._first, self._first + len(self._pending)
         self._pending.clear()
-        self.over = not bool(chunk[-1, 0].any())
         known = 2 + len(self._labels)
         for offset, rows in enumerate(chunk):
             training, numbers = rows[0].tolist(), rows[1:]
@@ -99,6 +98,7 @@ class StepLog:
                 for failure in self._registry.notify("lora_forge_step_finished", event):
                     if failure not in self._notes[prompt]:
                         self._notes[prompt].append(failure)
+        self.over = all(self._failures[prompt] or not counts for prompt, counts in enumerate(chunk[-1, 0].tolist()))
         self._delivered = time.monotonic()
 
     def read(self, step: int, numbers: StepNumbers) -> list[Values]:

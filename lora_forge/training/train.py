@@ -5,7 +5,7 @@ All prompts of a call train side by side in one bank; a single run is a bank of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -19,7 +19,7 @@ from lora_forge.config.stopping import StopRule
 from lora_forge.effect.measure import Effect, measure_effect
 from lora_forge.effect.probe import Probe, measure_probe
 from lora_forge.effect.tokens import TokenShift, token_shifts
-from lora_forge.errors import ObjectiveError, blaming
+from lora_forge.errors import ObjectiveError, UsageError, blaming
 from lora_forge.events import RunInfo, RunStart
 from lora_forge.model import LoadedModel
 from lora_forge.plan import Plan, Request
@@ -31,7 +31,7 @@ from lora_forge.training.failures import Failures
 from lora_forge.training.first_gradient import Gradients, first_gradients
 from lora_forge.training.initial import earlier_weights, initial_weights
 from lora_forge.training.keeping import Keeper
-from lora_forge.training.measuring import MeasuredLosses, build_terms
+from lora_forge.training.measuring import Measured, MeasuredLosses, build_terms
 from lora_forge.training.objective import Objective, backward
 from lora_forge.training.optimizers import end_training, start_optimizers
 from lora_forge.training.reach import Reach
@@ -44,7 +44,8 @@ from lora_forge.training.strength import scale_to_strength
 class Trained:
     """What the step loop leaves behind, for all prompts: lists and banks are in the requests' order.
 
-    failures: the prompts whose numbers mean nothing. updates: how many each prompt's weights have behind them.
+    failures: the prompts whose numbers mean nothing. taken: how many steps there were. updates: how many each
+    prompt's weights have behind them.
     measured: per prompt, the losses of `--measure`, before and after, by label. probes: None unless asked for.
     notes: each prompt's warnings.
     """
@@ -56,13 +57,14 @@ class Trained:
     reach: Reach
     failures: Failures
     steps: list[list[Values]]
+    taken: int
     updates: list[int]
     before: list[Values]
     after: list[Values]
     effects: list[Effect]
     factors: list[float]
     tokens: list[list[TokenShift]]
-    measured: list[dict[str, tuple[float, float]]]
+    measured: list[dict[str, tuple[float | None, float | None]]]
     probes: list[Probe] | None
     notes: list[list[str]]
     clock: Clock
@@ -103,8 +105,15 @@ def set_up(plan: Plan, requests: Sequence[Request], model: LoadedModel) -> tuple
     return bank, *_view_and_objective(plan, requests, model)
 
 
+def _view(plan: Plan, requests: Sequence[Request], model: LoadedModel, encoders: Sequence[str]) -> ModelView:
+    """One text per prompt for each of these encoders; the second encoder and later read `prompt_2` if given."""
+    first = plan.backend_spec.encoders[:1]
+    texts = texts_by_encoder(encoders, first, [(r.prompt, r.prompt_2) for r in requests])
+    return ModelView(model.backend, model.slot, texts, [r.seed for r in requests], model.device)
+
+
 def _view_and_objective(plan: Plan, requests: Sequence[Request], model: LoadedModel) -> tuple[ModelView, Objective]:
-    view = ModelView(model.backend, model.slot, _texts(plan, requests), [r.seed for r in requests], model.device)
+    view = _view(plan, requests, model, plan.encoders)
     objective = Objective(build_terms(plan.terms), view)
     view.content_only = objective.content_only
     return view, objective
@@ -128,8 +137,8 @@ def _train(
         for saver in plan.savers:
             saver.build()  # one that cannot be built is better known now than after the last step
     model.slot.bank = bank
-    measured = MeasuredLosses(plan.measured, view)
-    measured_before = measured.values() if plan.measured else [{} for _ in requests]
+    measured = MeasuredLosses(plan.measured, _view(plan, requests, model, plan.loaded_encoders))
+    measured_before = measured.values()
 
     with clock.phase("steps"):
         reach = Reach(bank)
@@ -139,21 +148,17 @@ def _train(
         steps = _step_loop(plan, objective, bank, gradient, optimizers, reach, keeper, log)
         if keeper.watches:
             keeper.finish(_numbers(plan, objective, bank, view).total, steps)
-        before: list[Values] = []
-        if plan.iterations == 0:
-            _gradient(plan, objective, bank, view)
-            reach.check(plan)
-            if plan.closed_form:
-                before = _evaluate(plan, objective, bank, view, log)
-                solve(objective.terms[0], view, bank, failures)
+        before = [] if plan.iterations else _without_steps(plan, objective, bank, view, reach, log, failures)
 
     with clock.phase("measure"):
         factors = scale_to_strength(plan, bank, view, failures)
         after = _evaluate(plan, objective, bank, view, log)
         effects = measure_effect(bank, view, reach.reached, plan.load)
         tokens = token_shifts(view) if plan.config.report else [[] for _ in requests]
-        measured_after = measured.values() if plan.measured else measured_before
+        changes = measured.changes(measured_before)
         probes = _probe(plan, bank, view, reach, measured, measured_before) if plan.config.probe else None
+        for own in notes:
+            own += measured.notes
     return Trained(
         plan=plan,
         requests=requests,
@@ -162,27 +167,45 @@ def _train(
         reach=reach,
         failures=failures,
         steps=log.values,
+        taken=steps,
         updates=keeper.updates.tolist(),
         before=before or [own[0] if own else last for own, last in zip(log.values, after, strict=True)],
         after=after,
         effects=effects,
         factors=factors,
         tokens=tokens,
-        measured=[
-            {label: (value, after[label]) for label, value in before.items()}
-            for before, after in zip(measured_before, measured_after, strict=True)
-        ],
+        measured=changes,
         probes=probes,
         notes=notes,
         clock=clock,
     )
 
 
+def _without_steps(
+    plan: Plan, objective: Objective, bank: Bank, view: ModelView, reach: Reach, log: StepLog, failures: Failures
+) -> list[Values]:
+    """What is done in place of the step loop, where there is none; the objective before it."""
+    _gradient(plan, objective, bank, view)
+    reach.check(plan)
+    before = _evaluate(plan, objective, bank, view, log)
+    if plan.closed_form:
+        view.begin_evaluation()
+        solve(objective.terms[0], view, bank, failures)
+    return before
+
+
 def _optimizers(plan: Plan, bank: Bank) -> list[torch.optim.Optimizer]:
     make = plan.optimizer.build()
     with blaming(f"optimizer {plan.optimizer.name!r}"):
         elementwise = plan.optimizer_spec.elementwise
-        return start_optimizers(make, bank, elementwise=elementwise, iterations=plan.iterations)
+        optimizers = start_optimizers(make, bank, elementwise=elementwise, iterations=plan.iterations)
+    watched = plan.config.keep == "best" or any(not rule.startswith("seconds:") for rule in plan.config.stop_when)
+    if watched and any(callable(getattr(optimizer, "eval", None)) for optimizer in optimizers):
+        raise UsageError(
+            f"optimizer {plan.optimizer.name!r} averages its weights at the end, so that no step's are its result: "
+            "leave out --keep best and --stop-when, or take another"
+        )
+    return optimizers
 
 
 def _step_loop(
@@ -197,7 +220,7 @@ def _step_loop(
 ) -> int:
     """Step after step, until the last or until all prompts have stopped; how many there were."""
     step = 0
-    while step < plan.iterations and not (log.over or keeper.out_of_time()):
+    while step < plan.iterations and not (step and (log.over or keeper.out_of_time())):
         step += 1
         objective.go_to(step, plan.iterations)
         numbers = gradient()
@@ -221,11 +244,10 @@ def _probe(
     view: ModelView,
     reach: Reach,
     measured: MeasuredLosses,
-    before: Sequence[Mapping[str, float]],
+    before: Sequence[Measured],
 ) -> list[Probe]:
     config = plan.config
-    evaluate = measured.values if plan.measured else lambda: [{} for _ in before]
-    probes = measure_probe(bank, view, reach.reached, config.paraphrases, config.controls, evaluate, view.seeds)
+    probes = measure_probe(bank, view, reach.reached, config.paraphrases, config.controls, measured.values)
     return [replace(probe, measured_before=own) for probe, own in zip(probes, before, strict=True)]
 
 
@@ -268,12 +290,6 @@ def _numbers(plan: Plan, objective: Objective, bank: Bank, view: ModelView) -> S
         values = objective.values()
         l2 = bank.l2(plan.l2)
         return StepNumbers(objective.total(values) + l2, values, l2, {})
-
-
-def _texts(plan: Plan, requests: Sequence[Request]) -> dict[str, list[str]]:
-    """One text per prompt for each encoder in use; the second encoder and later read `prompt_2` if given."""
-    first = plan.backend_spec.encoders[:1]
-    return texts_by_encoder(plan.encoders, first, [(r.prompt, r.prompt_2) for r in requests])
 
 
 def _cut_texts(view: ModelView) -> list[list[str]]:

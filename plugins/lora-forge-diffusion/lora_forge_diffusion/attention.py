@@ -27,7 +27,7 @@ def attend_excite(batch: Batch, options: AttendExciteOptions) -> torch.Tensor:
     are moved; here the weights. Smoothing repeats the map's border, where the authors' code mirrors it.
     """
     own = batch.adapted()
-    latents, timesteps = noisy_latents(batch, own, batch.encode("", adapted=True), options)
+    latents, timesteps = noisy_latents(batch, own, options)
     maps = _mean_of_nearest(batch.cross_attention(latents, timesteps, own, adapted=True), options.resolution)
     content = _content(batch)
     if content.shape[1] != maps.shape[-1]:

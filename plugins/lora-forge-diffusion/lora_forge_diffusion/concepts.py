@@ -22,7 +22,7 @@ def concept_slider(batch: Batch, options: ConceptSliderOptions) -> torch.Tensor:
     s = -1 and anchors as in ostris/ai-toolkit.
     """
     target = batch.encode(options.target, adapted=True)
-    latents, timesteps = noisy_latents(batch, target, batch.encode("", adapted=True), options)
+    latents, timesteps = noisy_latents(batch, target, options)
     anchors = _anchors(options)
     texts = [options.target, *anchors, *_each(options.positive, options), *_each(options.negative, options)]
     frozen = _predict(batch, latents, timesteps, texts, adapted=False)
@@ -46,7 +46,7 @@ def concept_erase(batch: Batch, options: ConceptEraseOptions) -> torch.Tensor:
     arXiv:2303.07345, eq. 7; as a LoRA, and both actions, p1atdev/LECO; anchors as in ostris/ai-toolkit.
     """
     concept = batch.encode(options.concept, adapted=True)
-    latents, timesteps = noisy_latents(batch, concept, batch.encode("", adapted=True), options)
+    latents, timesteps = noisy_latents(batch, concept, options)
     texts = [options.concept, *_anchors(options), options.neutral]
     frozen = _predict(batch, latents, timesteps, texts, adapted=False)
     adapted = _predict(batch, latents, timesteps, texts[:-1], adapted=True)

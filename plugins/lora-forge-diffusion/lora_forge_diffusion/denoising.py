@@ -9,16 +9,14 @@ from lora_forge_diffusion.options import DenoisingOptions
 from lora_forge_diffusion.passes import Text, guided, predict
 
 
-def noisy_latents(
-    batch: Batch, text: Text, empty: Text, options: DenoisingOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
+def noisy_latents(batch: Batch, text: Text, options: DenoisingOptions) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents `(prompts, *latent_shape)` and the timesteps `(prompts,)` they are at, drawn for each prompt alone.
 
     With `options.steps` n > 0 a denoising of n steps is begun, of which 0 to n - 1 are done, all equally likely: DDIM
     without noise (Song et al., arXiv:2010.02502, eq. 12), by the adapted model and with guidance, as ESD, LECO and
     Concept Sliders do it, so that the model is corrected where it is by now. With 0 it is pure noise, at any timestep.
 
-    text, empty: the adapted encoders' outputs; no gradient goes through the denoising.
+    text: the adapted encoders' outputs; no gradient goes through the denoising.
     """
     latents = batch.randn("latents", *batch.latent_shape)
     share = torch.special.ndtr(batch.randn("timestep"))  # uniform in [0, 1]
@@ -28,6 +26,7 @@ def noisy_latents(
     schedule = ddim_timesteps(len(alphas), options.steps).to(latents.device)
     done = _nth(share, options.steps)
     with torch.no_grad():
+        empty = batch.encode("", adapted=True) if options.steps > 1 else text
         for step in range(int(done.max())):
             now, then = schedule[step], schedule[step + 1]
             without, with_text = predict(batch, latents, now.expand(batch.prompts), [empty, text], adapted=True)

@@ -16,7 +16,7 @@ def ileco(batch: Batch, options: IlecoOptions) -> torch.Tensor:
     Source: iLECO of hako-mikan/sd-webui-traintrain, which is LECO (p1atdev/LECO) on pure noise instead of latents.
     """
     own = batch.adapted()
-    latents, timesteps = noisy_latents(batch, own, own, DenoisingOptions(steps=0))
+    latents, timesteps = noisy_latents(batch, own, DenoisingOptions(steps=0))
     target = batch.predict_noise(latents, timesteps, batch.encode(options.target, adapted=False), adapted=False)
     return mean_square(batch.predict_noise(latents, timesteps, own, adapted=True) - target)
 
@@ -28,7 +28,7 @@ def cfg_bake(batch: Batch, options: CfgBakeOptions) -> torch.Tensor:
     stage one of Meng et al., On Distillation of Guided Diffusion Models, arXiv:2210.03142.
     """
     own = batch.adapted()
-    latents, timesteps = noisy_latents(batch, own, batch.encode("", adapted=True), options)
+    latents, timesteps = noisy_latents(batch, own, options)
     texts = [batch.encode(options.negative, adapted=False), batch.frozen()]
     negative, prompt = predict(batch, latents, timesteps, texts, adapted=False)
     target = guided(negative, prompt, options.guidance)

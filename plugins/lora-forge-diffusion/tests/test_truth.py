@@ -46,7 +46,7 @@ each = pytest.mark.parametrize(
 @each
 def test_its_gradient_is_that_of_finite_differences(loss: Loss, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # The latents are drawn once: that they depend on the weights too is not differentiated, in the papers neither.
-    drawn_once = functools.cache(lambda: noisy_latents(batch, batch.adapted(), batch.encode("", adapted=True), options))
+    drawn_once = functools.cache(lambda: noisy_latents(batch, batch.adapted(), options))
     if getattr(options, "steps", 0):
         monkeypatch.setattr(f"{loss.__module__}.noisy_latents", lambda *_: drawn_once())
     batch = small_batch()
@@ -266,7 +266,7 @@ def test_each_prompt_has_a_timestep_of_its_own_drawn_evenly(steps: int, monkeypa
     monkeypatch.setattr("small_batch.PROMPTS", many)
     batch: Any = SmallBatch(torch.zeros(len(many), NUMBERS, dtype=torch.float64))
     text = batch.adapted()
-    latents, timesteps = noisy_latents(batch, text, text, DenoisingOptions(steps=steps))
+    latents, timesteps = noisy_latents(batch, text, DenoisingOptions(steps=steps))
     assert latents.shape == (600, *LATENT)
     assert not latents.requires_grad
     if steps == 1:
@@ -287,6 +287,6 @@ def test_each_prompt_has_a_timestep_of_its_own_drawn_evenly(steps: int, monkeypa
 def test_a_prompts_latents_do_not_depend_on_how_far_the_others_are_denoised() -> None:
     options = DenoisingOptions(steps=9)
     both, alone = small_batch(), small_batch(prompts=1)
-    one, other = (noisy_latents(b, b.adapted(), b.encode("", adapted=True), options) for b in (both, alone))
+    one, other = (noisy_latents(b, b.adapted(), options) for b in (both, alone))
     torch.testing.assert_close(one[0][:1], other[0], rtol=1e-12, atol=0)
     assert one[1][0] == other[1][0]
