@@ -56,23 +56,30 @@ class ChosenTerm:
         return {"label": self.label, "weight": self.weight, **schedule, **self.chosen.record()}
 
 
-def choose(registry: Registry, kind: str, choice: Choice, problems: list[Problem]) -> Chosen | None:
+def choose(registry: Registry, kind: str, choice: Choice, problems: list[Problem], *, key: str = "") -> Chosen | None:
     """The plugin of this name with checked options, or None, and the mistakes among `problems`."""
     try:
         supplied = registry.resolve(kind, choice.name)
     except LoraForgeError as error:
-        problems.append(Problem(kind, str(error)))
+        problems.append(Problem(key or kind, str(error)))
         return None
     options, mistakes = parse_options(supplied.spec.options, choice.options, key=supplied.spec.name)
     problems += mistakes
     return None if mistakes else Chosen(supplied, options)
 
 
-def choose_terms(registry: Registry, choices: Sequence[Choice], problems: list[Problem]) -> tuple[ChosenTerm, ...]:
-    """Losses as terms, each with a label of its own; mistakes among `problems`."""
+def choose_terms(
+    registry: Registry, choices: Sequence[Choice], problems: list[Problem], *, key: str = "loss"
+) -> tuple[ChosenTerm, ...]:
+    """Losses as terms, each with a label of its own; mistakes among `problems`, under the key they were given by."""
     terms: list[ChosenTerm] = []
     for choice in choices:
-        chosen = choose(registry, "loss", choice, problems)
+        if set(choice.name) & set("+*("):
+            problems.append(
+                Problem(key, f"{choice.name!r} is a sum, as `compare` takes them; here each term is given by itself")
+            )
+            continue
+        chosen = choose(registry, "loss", choice, problems, key=key)
         if chosen is None:
             continue
         spec = cast(LossSpec, chosen.supplied.spec)
@@ -83,7 +90,7 @@ def choose_terms(registry: Registry, choices: Sequence[Choice], problems: list[P
                 ChosenTerm(label, choice.weight, _needs(spec, chosen), chosen, TermSchedule.read(choice.schedule))
             )
         except PluginError as error:
-            problems.append(Problem("loss", str(error)))
+            problems.append(Problem(key, str(error)))
     return tuple(terms)
 
 

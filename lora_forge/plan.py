@@ -162,7 +162,7 @@ def make_plan(
     optimizer = choose(registry, "optimizer", with_learning_rate(registry, config.optimizer, model), problems)
     savers = choose_savers(registry, config.saver, problems)
     terms = choose_terms(registry, config.loss, problems)
-    measured = choose_terms(registry, config.measure, problems)
+    measured = choose_terms(registry, config.measure, problems, key="measure")
     if model and not base_model and not in_memory:
         problems.append(Problem("base_model", f"model config {model.name!r} names none; give one"))
     if config.init_from and not os.path.exists(config.init_from):

@@ -65,6 +65,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["--model", "missing.json"], "model config 'missing.json' does not exist"),
         (["--model", "x" * 300], "unknown model"),
         (["--loss", "embeding_magnitude"], "unknown loss 'embeding_magnitude'; did you mean 'embedding_magnitude'?"),
+        (["--loss", "embed_write + embed_preserve"], "is a sum, as `compare` takes them; here each term is given"),
+        (["--measure", "zzz"], "measure: unknown loss 'zzz'"),
         (["--loss", "zzz"], "unknown loss 'zzz'; known: conditioning_magnitude, embed_direction, "),
         (["--loss", "embedding_magnitude:"], "loss 'embedding_magnitude': '' is neither a weight nor a name"),
         (["--loss", ":0.5"], "loss"),

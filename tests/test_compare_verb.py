@@ -228,7 +228,11 @@ def test_the_order_of_objectives_may_change_but_not_what_is_measured(
     assert compare("--no-report", objectives=OBJECTIVES[::-1]) == 0
     assert {path: path.stat().st_mtime_ns for path in lora_paths()} == before
     assert [one.name for one in read_results("out").header.objectives] == list(OBJECTIVES[::-1])
-    assert "holds another job" in refusal(capsys, *arguments(objectives=(*OBJECTIVES, "picky")))
+    for others in ((*OBJECTIVES, "picky"), OBJECTIVES[:1]):  # nor are results of others lost
+        said = refusal(capsys, *arguments(objectives=others))
+        assert "'out' holds a comparison of other objectives" in said
+        assert "or another --output-dir" in said
+    assert [one.name for one in read_results("out").header.objectives] == list(OBJECTIVES[::-1])
 
 
 def test_a_lora_that_fails_is_a_row_that_says_why_and_costs_no_other(capsys: pytest.CaptureFixture[str]) -> None:
@@ -397,3 +401,20 @@ def test_every_option_of_its_own_is_on_its_page() -> None:
     own = [name for parameter in command.params for name in parameter.opts if name not in of_batch]
     assert "--images" in own
     assert [name for name in own if f"`{name}`" not in page] == []
+
+
+def test_the_budget_is_that_of_the_objectives_that_take_steps_and_one_step_costs_what_it_cost_the_batch() -> None:
+    assert compare("--stop-when", "loss:1e9", "--no-report", "--seeds", "1") == 0
+    told = read_results("out")
+    assert told.header.iterations == 3
+    for row in told.rows:  # all stop before the first update, and their batch's first step has a price all the same
+        assert row.measured is not None
+        assert row.measured.iterations == 0
+        assert row.measured.seconds_per_step is not None
+        assert row.measured.seconds_per_step > 0
+
+
+def test_a_schedule_over_nobody_knows_how_many_steps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    given = arguments("--seconds", "1", objectives=("size@linear", "pool"))
+    given = [word for word in given if word not in ("--iterations", "3")]
+    assert "size@linear: the schedule of size goes over all steps" in refusal(capsys, *given)

@@ -165,10 +165,19 @@ def test_where_one_test_alone_finds_a_difference_that_is_said_and_one_prompt_tel
     few = paired([0] * 5, [1.0, 1.1, 0.9, 1.05, 0.95])  # Wilcoxon's test cannot go below 1 / 16
     assert few.p_t is not None
     assert few.p_t < 0.001
-    assert (few.least, few.outcome) == (1 / 16, "tests disagree")
+    assert (few.least, few.outcome) == (1 / 16, "too few prompts")
+    several = paired([0] * 7, [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, -0.01])
+    assert several.least is not None
+    assert (several.least < 0.05, several.outcome) == (True, "higher")
+    torn = paired([0] * 8, [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.2, 30.0])
+    assert torn.p_t is not None
+    assert torn.p_wilcoxon is not None
+    assert (torn.p_t < 0.05) != (torn.p_wilcoxon < 0.05)
+    assert torn.outcome == "tests disagree"
     one = paired([0], [1])
     assert (one.p_t, one.p_wilcoxon, one.least, one.outcome) == (None, None, None, "too few prompts")
     assert (paired([], []).difference, paired([], []).relative, one.relative) == (None, None, None)
+    assert paired([], []).outcome == "no values"
 
 
 @settings(max_examples=40, deadline=None)

@@ -94,6 +94,18 @@ def test_a_mistake_is_told_with_its_place() -> None:
     assert told.startswith("at character 7: expected a comma or")
 
 
+@pytest.mark.parametrize("text", ["C@lineer", "C@lineer:1-20 + D", "C@linear:20-1"])
+def test_a_schedule_that_cannot_be_read_is_a_mistake_and_no_schedule(text: str) -> None:
+    terms, problems = parse_expression(text)
+    assert [problem.message.partition(";")[0] for problem in problems]
+    assert {term.schedule for term in terms} == {"constant"}
+
+
+def test_it_is_written_as_people_write_it() -> None:
+    text = 'C - 0.5*D(a=["an owl, brass", "a fox"], b="x, y")'
+    assert write_expression(parsed(text)) == text
+
+
 def test_every_mistake_that_leaves_the_rest_legible_is_told() -> None:
     *told, schedule = mistakes("2*C:3(a=1, a=2) + 1e999*D + E@often")
     assert told == ["C is given a twice", "C has two weights", "the weight of D is not finite"]

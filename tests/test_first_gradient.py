@@ -69,6 +69,16 @@ def broken_for_bond(batch):
     factors = torch.tensor([float("nan") if text == "bond" else 1.0 for text in texts])
     return factors * sum(one.pooled.sum(1) for one in batch.adapted().values())
 
+def both_ways(batch):
+    # At the start the model is the frozen one at either scale, and ΔW moves the two apart.
+    plain = sum(one.pooled.sum(1) for one in batch.adapted().values())
+    with batch.negated():
+        opposite = sum(one.pooled.sum(1) for one in batch.adapted().values())
+    return (plain - opposite) / 2
+
+def plainly(batch):
+    return sum(one.pooled.sum(1) for one in batch.adapted().values())
+
 def detached(batch):
     return sum(one.pooled.sum(1) for one in batch.frozen().values())
 
@@ -86,6 +96,8 @@ def lora_forge_losses():
     yield LossSpec(name="counts", summary="", factory=Counts)
     yield LossSpec(name="broken_for_bond", summary="", factory=broken_for_bond)
     yield LossSpec(name="detached", summary="", factory=detached)
+    yield LossSpec(name="both_ways", summary="", factory=both_ways)
+    yield LossSpec(name="plainly", summary="", factory=plainly)
 """
 
 
@@ -345,3 +357,16 @@ def test_an_objective_that_nothing_depends_on_ends_with_the_same_words(plugin: P
     for initializer in ("gaussian", "gradient"):
         with pytest.raises(ObjectiveError, match="depends on no trainable layer"):
             lora_forge.run("owl", "tiny_sd15", loss="detached", initializer=initializer, plugins=[plugin])
+
+
+def test_what_a_loss_sees_of_the_negated_lora_counts_the_other_way_round(
+    pipe: Any, registry: Registry, model: str
+) -> None:
+    matrices = []
+    for loss in ("plainly", "both_ways"):
+        with opened(pipe, registry, model, PROMPTS[:1], loss=loss) as (bank, view, objective):
+            (gradients,) = zip(*first_gradients(bank, {}, view, objective).values(), strict=True)
+            matrices.append([one.matrix() for one in gradients if one is not None])
+    assert matrices[0]
+    for plain, both in zip(*matrices, strict=True):
+        assert float((plain - both).norm()) <= 1e-4 * float(plain.norm())

@@ -16,11 +16,18 @@ from test_many_prompts import PROMPTS, assert_same, forge_together
 import lora_forge
 from lora_forge import RunResult
 from lora_forge.bank import Bank
+from lora_forge.clock import Clock
+from lora_forge.config.run import read_run_config
 from lora_forge.config.stopping import StopRule
 from lora_forge.contracts import TargetLayer
-from lora_forge.errors import ConfigError
+from lora_forge.errors import ConfigError, UsageError
+from lora_forge.model import open_model
 from lora_forge.options import Unfit
+from lora_forge.plan import Request, make_plan
+from lora_forge.plugins import discover
+from lora_forge.runner import run_infos
 from lora_forge.training.keeping import Keeper
+from lora_forge.training.train import train
 
 LEAPING: dict[str, Any] = {
     "optimizer": {"name": "adamw", "options": {"lr": 0.2}}
@@ -166,3 +173,63 @@ def test_what_was_kept_is_said_and_recorded(cli: Callable[..., Any], tmp_path: P
     record = json.loads(dry.stdout)
     assert record["keep"] == "best"
     assert record["stop_when"] == ["plateau:50"]
+
+
+AVERAGING = """
+import torch
+from lora_forge import OptimizerSpec, hookimpl
+
+class Averaging(torch.optim.SGD):
+    def eval(self):
+        pass
+
+def averaging(parameters):
+    return Averaging(parameters, lr=0.1)
+
+@hookimpl
+def lora_forge_optimizers():
+    yield OptimizerSpec(name="averaging", summary="s", factory=averaging, elementwise=True)
+"""
+
+
+@pytest.mark.parametrize("settings", [{"keep": "best"}, {"stop_when": ["plateau:3"]}])
+def test_an_optimizer_whose_result_are_no_steps_weights_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "averaging.py").write_text(AVERAGING, encoding="utf-8")
+    given: dict[str, Any] = {"optimizer": "averaging", "plugins": [tmp_path / "averaging.py"], "iterations": 2}
+    with pytest.raises(UsageError, match="'averaging' averages its weights"):
+        lora_forge.run("bond", "tiny_sdxl", **given, **settings)
+    assert lora_forge.run("bond", "tiny_sdxl", **given, stop_when=["seconds:60"]).updates == 2
+
+
+def test_even_the_shortest_time_is_one_step_so_that_its_reach_is_known() -> None:
+    result = run(5, stop_when=["seconds:1e-9"])
+    assert result.updates == len(result.steps) == 1
+    assert len(result.inert) == 136
+
+
+def test_a_prompt_that_failed_does_not_keep_its_batch_from_stopping(tmp_path: Path) -> None:
+    (tmp_path / "lost.py").write_text(LOST, encoding="utf-8")
+    settings: dict[str, Any] = {"model": "tiny_sdxl", "plugins": [tmp_path / "lost.py"], "loss": "lost"}
+    registry = discover(settings["plugins"])
+    plan = make_plan(
+        read_run_config([{**settings, "prompt": "x", "iterations": 10**6, "stop_when": ["loss:1e9"]}]), registry
+    )
+    requests = [Request(prompt, None, 0, None) for prompt in ("bond", "an owl")]
+    trained = train(plan, requests, run_infos(plan, requests), open_model(plan), registry, Clock())
+    assert [bool(trained.failures[index]) for index in (0, 1)] == [True, False]
+    assert trained.taken < 10**6
+
+
+LOST = """
+import torch
+from lora_forge import LossSpec, hookimpl
+
+def lost(batch):
+    (texts, *_) = batch.texts.values()
+    factors = torch.tensor([float("nan") if text == "bond" else 1.0 for text in texts])
+    return factors * sum(one.pooled.sum(1) for one in batch.adapted().values())
+
+@hookimpl
+def lora_forge_losses():
+    yield LossSpec(name="lost", summary="s", factory=lost)
+"""

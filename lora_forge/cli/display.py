@@ -79,7 +79,9 @@ def print_result(result: RunResult) -> None:
     if result.effect.shifts:
         console.print(_shift_table(result))
     if result.updates != result.run.iterations:
-        console.print(f"kept: the weights after {result.updates} of {result.run.iterations} steps", highlight=False)
+        stopped = f"; stopped after {len(result.steps)}" if len(result.steps) < result.run.iterations else ""
+        kept = f"kept: the weights after {result.updates} of {result.run.iterations} steps{stopped}"
+        console.print(kept, highlight=False)
     if result.strength != 1:
         console.print(f"scaled by {result.strength:.6g}", highlight=False)
     if result.dropped:

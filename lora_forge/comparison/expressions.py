@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from lora_forge.config.run import Choice, parse_term
@@ -41,7 +42,11 @@ def parse_expression(text: str) -> tuple[tuple[Choice, ...], list[Problem]]:
 
 def write_expression(terms: Sequence[Choice]) -> str:
     """The expression of these terms; parsed, it gives them back, with the values of options as text."""
-    return " + ".join(_written(term) for term in terms)
+    first, *others = terms
+    return _written(first) + "".join(
+        f" - {_written(replace(term, weight=-term.weight))}" if term.weight < 0 else f" + {_written(term)}"
+        for term in others
+    )
 
 
 def _written(term: Choice) -> str:
@@ -54,8 +59,15 @@ def _written(term: Choice) -> str:
 def _value(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     bare = _BARE.fullmatch(text) and text == text.strip()
-    listed = isinstance(value, Sequence | Mapping) and not isinstance(value, str)
-    return text if bare or listed else json.dumps(text, ensure_ascii=False)
+    return text if bare or _is_list(text) else json.dumps(text, ensure_ascii=False)
+
+
+def _is_list(text: str) -> bool:
+    """Whether this is read as a JSON list, and comes out as it is written."""
+    try:
+        return text.startswith("[") and _JSON.raw_decode(text)[1] == len(text)
+    except (ValueError, RecursionError):
+        return False
 
 
 class _Unread(ValueError):
@@ -96,6 +108,7 @@ class _Parser:
             TermSchedule.read(schedule or CONSTANT)
         except ValueError as error:
             self.problems.append(self.problem(f"{name}: {error}"))
+            schedule = CONSTANT
         return Choice(name, options, -value if sign == "-" else value, schedule or CONSTANT)
 
     def _options(self, name: str) -> dict[str, Text]:

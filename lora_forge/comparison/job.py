@@ -10,7 +10,7 @@ from typing import Any
 from lora_forge.comparison.gathering import Made, compared, gathered, read_made
 from lora_forge.comparison.objectives import ComparedObjective, read_objectives
 from lora_forge.comparison.peak_memory import PeakMemory, keep_peak, kept_peak
-from lora_forge.comparison.results import NAME, Header, Results, write_results
+from lora_forge.comparison.results import NAME, Header, Results, read_results, write_results
 from lora_forge.config.run import collect_run_config
 from lora_forge.errors import ObjectiveError, PluginError, UsageError
 from lora_forge.jobs.job import Job, run_job
@@ -64,6 +64,7 @@ def compare(asked: Comparison, registry: Registry, watch: WatchObjective) -> Res
     objectives, measured = read_objectives(asked.objectives, registry)
     jobs = [_job(asked, one, measured) for one in objectives]
     plans = [_plan(asked, job, registry) for job in jobs]
+    _check_folder(asked, objectives)
     for one, plan in zip(objectives, plans, strict=True):
         _check_schedules(one, plan)
     made = [_carry_out(one, job, registry, watch) for one, job in zip(objectives, jobs, strict=True)]
@@ -93,6 +94,21 @@ def _check(asked: Comparison) -> None:
     plain = next((text for text in asked.paraphrases if "{prompt}" not in text), None)
     if plain is not None:
         raise UsageError(f"the paraphrase {plain!r} has no {{prompt}} in it, and so is the same for all prompts")
+
+
+def _check_folder(asked: Comparison, objectives: Sequence[ComparedObjective]) -> None:
+    """Raises UsageError where the folder has results of other objectives, which would be lost."""
+    try:
+        there = {one.name for one in read_results(asked.output_dir).header.objectives}
+    except UsageError:  # none yet, or none that can be read
+        return
+    names = {one.name for one in objectives}
+    if there != names:
+        several = ", ".join(sorted(there ^ names))
+        raise UsageError(
+            f"{asked.output_dir!r} holds a comparison of other objectives (the difference: {several}); every LoRA is "
+            "measured by all of them, so give the same ones, or another --output-dir"
+        )
 
 
 def _check_schedules(objective: ComparedObjective, plan: Plan) -> None:

@@ -17,7 +17,7 @@ from lora_forge.errors import UsageError
 LEVEL = 0.05  # of the tests; intervals cover the rest
 _MOST_EXACT = 300  # differences
 Values: TypeAlias = Mapping[tuple[str, int], float]  # by prompt and seed
-Outcome: TypeAlias = Literal["higher", "lower", "within noise", "tests disagree", "too few prompts"]
+Outcome: TypeAlias = Literal["higher", "lower", "within noise", "tests disagree", "too few prompts", "no values"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class Paired:
 
     p_t, p_wilcoxon: of a paired t test and of Wilcoxon's signed-rank test, both two-sided, corrected by Holm's method
     for the others of their family; None where there are fewer than two prompts. The difference is `higher` or `lower`
-    where both are below 0.05, and `within noise` where neither is. least: the smallest p that Wilcoxon's test could
-    give for so many prompts, corrected as the smallest of its family. relative: the mean difference, as a share of the
-    first's mean over the same prompts; None where that is 0. What is beyond noise may still be too small to matter.
+    where both are below 0.05, `within noise` where neither is, and `no values` where one of the two has none.
+    least: the smallest p that Wilcoxon's test could give for so many prompts, corrected as the smallest of its family.
+    relative: the mean difference, as a share of the first's mean over the same prompts; None where that is 0. What is
+    beyond noise may still be too small to matter.
     """
 
     difference: Interval | None
@@ -74,7 +75,7 @@ def paired_family(pairs: Sequence[tuple[Values, Values]]) -> list[Paired]:
     for one, both, by_t, by_ranks in zip(differences, shared, p_t, p_wilcoxon, strict=True):
         least = min(1.0, tested * 2.0 ** (1 - len(one))) if by_ranks is not None else None
         mean = _interval(one)
-        made.append(Paired(mean, _relative(both), by_t, by_ranks, least, _outcome(mean, by_t, by_ranks)))
+        made.append(Paired(mean, _relative(both), by_t, by_ranks, least, _outcome(mean, by_t, by_ranks, least)))
     return made
 
 
@@ -89,12 +90,14 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _outcome(difference: Interval | None, p_t: float | None, p_wilcoxon: float | None) -> Outcome:
-    if difference is None or p_t is None or p_wilcoxon is None:
+def _outcome(difference: Interval | None, p_t: float | None, p_wilcoxon: float | None, least: float | None) -> Outcome:
+    if difference is None:
+        return "no values"
+    if p_t is None or p_wilcoxon is None:
         return "too few prompts"
     by_t, by_ranks = p_t < LEVEL, p_wilcoxon < LEVEL
-    if by_t != by_ranks:
-        return "tests disagree"
+    if by_t != by_ranks:  # where ranks could not have told, they do not disagree
+        return "too few prompts" if least is not None and least >= LEVEL else "tests disagree"
     if not by_t:
         return "within noise"
     return "higher" if difference.mean > 0 else "lower"

@@ -23,10 +23,12 @@ _OUTCOMES: dict[Outcome, str] = {
     "within noise": "within noise: {}",
     "tests disagree": "only one of the two tests finds a difference: {}",
     "too few prompts": "too few prompts to tell: {}",
+    "no values": "no values to compare: {}",
 }
 _UNTOLD: dict[Outcome, str] = {  # of what cannot be told from a random LoRA
     "tests disagree": "only one of the two tests tells it from a random LoRA of equal norm",
     "too few prompts": "too few prompts to tell it from a random LoRA of equal norm",
+    "no values": "nothing to tell it from a random LoRA of equal norm by",
     "within noise": "cannot be told from a random LoRA of equal norm, by conditioning shift or prompt specificity",
 }
 
@@ -121,7 +123,9 @@ def _few_prompts(summary: Summary) -> Iterator[str]:
         for paired in (one.against_first.get(measure), one.against_random[measure])
         if paired
     ]
-    weak = [one.difference.prompts for one in tests if one.difference and one.least and one.least >= LEVEL]
+    weak = [(one.difference.prompts, one.least) for one in tests if one.difference and one.least and one.least >= LEVEL]
     if weak:
-        told = "too few for Wilcoxon's test to find any difference among so many objectives"
-        yield f"{max(weak)} prompts are {told}; more of them tell more, more seeds do not."
+        # Of n prompts the least p is 2 ** (1 - n) times the number of tests.
+        enough = max(prompts + math.floor(math.log2(least / LEVEL)) + 1 for prompts, least in weak)
+        told = f"are too few for Wilcoxon's test to find any difference; it takes {enough}"
+        yield f"{max(prompts for prompts, _ in weak)} prompts {told}. More seeds do not help."

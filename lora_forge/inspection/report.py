@@ -155,6 +155,8 @@ def own_record(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
             ("objective", " + ".join(term_text(term) for term in run.get("loss") or [])),
             ("optimizer", plugin_text(run.get("optimizer") or {})),
             ("iterations", run.get("iterations")),
+            ("kept", run.get("keep")),
+            ("stops when", ", ".join(run.get("stop_when") or [])),
             ("seed", run.get("seed")),
             ("strength", record.get("strength")),
             ("conditioning shift", (record.get("effect") or {}).get("conditioning_shift")),
@@ -167,7 +169,8 @@ def own_record(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def term_text(term: Mapping[str, Any]) -> str:
     """A term of a recorded objective: `0.5 × name(option=value)`."""
-    return f"{value_text(term.get('weight', 1.0))} × {plugin_text(term)}"
+    schedule = f" @ {value_text(term['schedule'])}" if "schedule" in term else ""
+    return f"{value_text(term.get('weight', 1.0))} × {plugin_text(term)}{schedule}"
 
 
 def plugin_text(record: Mapping[str, Any]) -> str:

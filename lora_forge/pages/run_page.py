@@ -64,6 +64,7 @@ def _asked(result: RunResult, run: Mapping[str, Any]) -> Iterator[tuple[str, str
         ("seed", result.run.seed),
         ("rank, alpha", f"{result.rank}, {result.alpha:g}"),
         ("iterations", result.run.iterations),
+        *_early(result),
         ("objective", " + ".join(map(term_text, run.get("loss", ())))),
         ("L2", run.get("l2")),
         ("optimizer", plugin_text(run.get("optimizer", {}))),
@@ -74,6 +75,12 @@ def _asked(result: RunResult, run: Mapping[str, Any]) -> Iterator[tuple[str, str
         ("target shift", run.get("target_shift")),
     ]
     return ((label, shortened(value_text(value), 1000)) for label, value in rows if value not in (None, ""))
+
+
+def _early(result: RunResult) -> Iterator[tuple[str, Any]]:
+    """Which weights were kept, where they are not those of the last iteration."""
+    if result.updates != result.run.iterations:
+        yield "kept", f"the weights after {result.updates} steps, of {len(result.steps)} taken"
 
 
 def _made(result: RunResult, record: Mapping[str, Any], layers: Sequence[_Layer]) -> Iterator[tuple[str, str]]:
