@@ -26,9 +26,9 @@ _OUTCOMES: dict[Outcome, str] = {
     "no values": "no values to compare: {}",
 }
 _UNTOLD: dict[Outcome, str] = {  # of what cannot be told from a random LoRA
-    "tests disagree": "only one of the two tests tells it from a random LoRA of equal norm",
-    "too few prompts": "too few prompts to tell it from a random LoRA of equal norm",
-    "no values": "nothing to tell it from a random LoRA of equal norm by",
+    "tests disagree": "told from a random LoRA of equal norm by only one of the two tests",
+    "too few prompts": "too few prompts to tell from a random LoRA of equal norm",
+    "no values": "nothing to tell from a random LoRA of equal norm by",
     "within noise": "cannot be told from a random LoRA of equal norm, by conditioning shift or prompt specificity",
 }
 
