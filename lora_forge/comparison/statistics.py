@@ -36,7 +36,8 @@ class Paired:
 
     p_t, p_wilcoxon: of a paired t test and of Wilcoxon's signed-rank test, both two-sided, corrected by Holm's method
     for the others of their family; None where there are fewer than two prompts. The difference is `higher` or `lower`
-    where both are below 0.05, `within noise` where neither is, and `no values` where one of the two has none.
+    where both are below 0.05, `within noise` where neither is, `no values` where one of the two has none, and
+    `too few prompts` where `least` is not below 0.05.
     least: the smallest p that Wilcoxon's test could give for so many prompts, corrected as the smallest of its family.
     relative: the mean difference, as a share of the first's mean over the same prompts; None where that is 0. What is
     beyond noise may still be too small to matter.
@@ -95,9 +96,11 @@ def _outcome(difference: Interval | None, p_t: float | None, p_wilcoxon: float |
         return "no values"
     if p_t is None or p_wilcoxon is None:
         return "too few prompts"
+    if least is not None and least >= LEVEL:  # ranks could not have told, however large the difference
+        return "too few prompts"
     by_t, by_ranks = p_t < LEVEL, p_wilcoxon < LEVEL
-    if by_t != by_ranks:  # where ranks could not have told, they do not disagree
-        return "too few prompts" if least is not None and least >= LEVEL else "tests disagree"
+    if by_t != by_ranks:
+        return "tests disagree"
     if not by_t:
         return "within noise"
     return "higher" if difference.mean > 0 else "lower"
