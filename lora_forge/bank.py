@@ -103,6 +103,14 @@ class Bank:
         adapted: torch.Tensor = _AddLowRank.apply(result, hidden, lora_a, lora_b, self.scale)  # type: ignore[no-untyped-call]
         return adapted
 
+    def place(self, weights: LoraWeights) -> None:
+        """Copy in weights of some of the layers, shapes as the pairs' or one prompt's for all."""
+        with torch.no_grad():
+            for component, layers in weights.items():
+                for layer, pair in layers.items():
+                    for name, target in self.pairs[component, layer]._asdict().items():
+                        target.copy_(pair[name])
+
     def zero_gradient(self) -> None:
         """Clear the gradient."""
         self._gradient.zero_()

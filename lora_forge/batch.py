@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -320,3 +320,19 @@ class Batch:
     def _require(self, need: str) -> None:
         if need not in self._needs:
             raise UndeclaredNeed(f"loss {self._loss!r} asks for {need!r}, which its spec does not declare in `needs`")
+
+
+def side_by_side(texts: Sequence[Mapping[str, EncoderOutput]]) -> dict[str, EncoderOutput]:
+    """Several texts' outputs as one of `prompts · texts` rows, those of a prompt one after the other.
+
+    So `Batch.predict_noise` takes them in one call, each row through its prompt's own LoRA.
+    """
+    return {
+        encoder: EncoderOutput(
+            *(
+                torch.stack([getattr(text[encoder], field.name) for text in texts], dim=1).flatten(0, 1)
+                for field in fields(EncoderOutput)
+            )
+        )
+        for encoder in texts[0]
+    }

@@ -19,7 +19,7 @@ from lora_forge.files.header import nothing_at
 from lora_forge.naming import OutputFiles, name_files
 from lora_forge.plugins import Registry
 from lora_forge.recognition import recognized_backend
-from lora_forge.records import BackendSpec, OptimizerSpec, SaverSpec
+from lora_forge.records import BackendSpec, InitializerSpec, OptimizerSpec, SaverSpec
 
 if TYPE_CHECKING:
     from lora_forge.output import Place
@@ -71,6 +71,10 @@ class Plan:
     @property
     def backend_spec(self) -> BackendSpec:
         return cast(BackendSpec, self.backend.supplied.spec)
+
+    @property
+    def initializer_spec(self) -> InitializerSpec:
+        return cast(InitializerSpec, self.initializer.supplied.spec)
 
     @property
     def optimizer_spec(self) -> OptimizerSpec:

@@ -135,8 +135,9 @@ def compare(
     """
     from contextlib import nullcontext
 
-    from lora_forge.comparison.job import CONTROLS, PARAPHRASES, Comparison
-    from lora_forge.comparison.job import compare as carry_out
+    from lora_forge.comparison import CONTROLS
+    from lora_forge.comparison.compare import PARAPHRASES, Comparison
+    from lora_forge.comparison.compare import compare as carry_out
     from lora_forge.effect.control_prompts import CONTROL_PROMPTS, drawn
 
     of_the_job = {key: settings.pop(key) for key in ("batch_size", "threads") if key in settings}

@@ -12,9 +12,9 @@ import click
 from lora_forge.cli.answer import json_alone
 from lora_forge.cli.pairs import read_pair
 from lora_forge.cli.registry import open_registry
-from lora_forge.cli.run_options import as_layers, run_options
-from lora_forge.config.run import Choice, collect_run_config, read_toml
-from lora_forge.errors import ConfigError, UsageError, printable
+from lora_forge.cli.run_options import as_layers, run_options, shared_config
+from lora_forge.config.run import Choice, collect_run_config
+from lora_forge.errors import ConfigError, printable
 from lora_forge.jobs.reading import FORMATS
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def command(
         if found.ignored:
             names = ", ".join(printable(name) + likely(name) for name in found.ignored)
             click.echo(f"lora-forge: columns that say nothing to it: {names}", err=True)
-        layers: list[Mapping[str, Any]] = [_shared(config)] if config else []
+        layers: list[Mapping[str, Any]] = (
+            [shared_config(config, _OF_ONE_RUN, "belongs to one run, not to a batch")] if config else []
+        )
 
         from lora_forge.jobs.job import Job
 
@@ -109,15 +111,6 @@ def _carry_out(job: Job, source: str) -> JobState:
         state = run_job(job, registry, progress.watch)
     print_state(state, job.output_dir)
     return state
-
-
-def _shared(path: Path) -> dict[str, Any]:
-    """A run config file without what each prompt has of its own."""
-    config = read_toml(path)
-    own = [key for key in _OF_ONE_RUN if key in config]
-    if own:
-        raise UsageError(f"{path.name}: {', '.join(own)}: belongs to one run, not to a batch")
-    return config
 
 
 def _batch_size(text: str) -> int | None:

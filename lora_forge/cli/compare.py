@@ -12,21 +12,19 @@ import click
 from click.core import ParameterSource
 
 from lora_forge.cli.answer import json_alone
+from lora_forge.cli.prompt_file import prompt_file
 from lora_forge.cli.registry import open_registry
-from lora_forge.cli.run_options import as_layers, run_options
-from lora_forge.config.run import collect_run_config, read_toml
+from lora_forge.cli.run_options import as_layers, run_options, shared_config
+from lora_forge.comparison import CONTROLS, SEEDS
+from lora_forge.config.run import collect_run_config
 from lora_forge.errors import ConfigError, UsageError, printable
-from lora_forge.options import Unfit
-from lora_forge.prompts import read_prompt_file
 
 if TYPE_CHECKING:
-    from lora_forge.comparison.job import Comparison
+    from lora_forge.comparison.compare import Comparison
     from lora_forge.comparison.results import Results
     from lora_forge.jobs.progress import Watch
     from lora_forge.plugins import Registry
 
-SEEDS = 3
-DRAWN = 8  # control prompts, unless --random says another number
 REPORT = "report.html"
 _NOT_SHARED = ("prompt", "prompt_2", "output", "preview", "overwrite", "seed")  # by the LoRAs of a comparison
 _OWN = ("loss", "measure", "probe", "paraphrases", "controls")  # what a comparison says itself
@@ -46,7 +44,7 @@ _OWN = ("loss", "measure", "probe", "paraphrases", "controls")  # what a compari
 @click.option("--paraphrases", type=Path, metavar="FILE.txt", help="texts with {prompt} in them, one a line")
 @click.option("--controls", type=Path, metavar="FILE.txt", help="draw control prompts from these, one a line")
 @click.option(
-    "--random", "number", type=click.IntRange(0), metavar="N", help=f"control prompts to draw  [default: {DRAWN}]"
+    "--random", "number", type=click.IntRange(0), metavar="N", help=f"control prompts to draw  [default: {CONTROLS}]"
 )
 @click.option("--output-dir", metavar="DIR", help="the folder to write to")
 @click.option("--batch-size", type=click.IntRange(1), metavar="N", help="LoRAs to train side by side  [default: auto]")
@@ -124,7 +122,7 @@ def _compared(output_dir: str | None, *, images: bool, **given: Any) -> Results:
         raise ConfigError("", mistakes)
     registry = open_registry(config.plugins, strict=config.strict_plugins)
     from lora_forge.cli.collector import StartUp
-    from lora_forge.comparison.job import compare
+    from lora_forge.comparison.compare import compare
 
     with StartUp() as start_up:
         registry.observe(start_up, "start_up")
@@ -150,16 +148,23 @@ def _asked(
     config: Path | None,
     **given: Any,
 ) -> Comparison:
-    from lora_forge.comparison.job import PARAPHRASES, Comparison
+    from lora_forge.comparison.compare import PARAPHRASES, Comparison
 
     return Comparison(
-        layers=(*([_shared(config)] if config else []), *as_layers(given)),
+        layers=(
+            *(
+                [shared_config(config, (*_NOT_SHARED, *_OWN), "is not for a run config of a comparison")]
+                if config
+                else []
+            ),
+            *as_layers(given),
+        ),
         objectives=loss,
         prompts=_prompts(prompts, column, limit),
         seeds=tuple(range(seeds)),
         output_dir=output_dir,
         seconds=seconds,
-        paraphrases=PARAPHRASES if paraphrases is None else _lines("--paraphrases", paraphrases),
+        paraphrases=PARAPHRASES if paraphrases is None else prompt_file("--paraphrases", paraphrases),
         controls=_drawn(controls, number),
         batch_size=batch_size,
         threads=threads,
@@ -190,27 +195,11 @@ def _prompts(source: str, column: str | None, limit: int | None) -> tuple[str, .
 def _drawn(path: Path | None, number: int | None) -> tuple[str, ...]:
     from lora_forge.effect.control_prompts import CONTROL_PROMPTS, drawn
 
-    pool = CONTROL_PROMPTS if path is None else _lines("--controls", path)
+    pool = CONTROL_PROMPTS if path is None else prompt_file("--controls", path)
     if number is not None and number > len(pool):
         source = "the list that ships" if path is None else repr(str(path))
         raise UsageError(f"--random: {number} control prompts were asked for, {source} has {len(pool)}")
-    return tuple(drawn(pool, DRAWN if number is None else number, seed=0))
-
-
-def _lines(option: str, path: Path) -> tuple[str, ...]:
-    try:
-        return read_prompt_file(path)
-    except Unfit as error:
-        raise UsageError(f"{option} {error}") from error
-
-
-def _shared(path: Path) -> dict[str, Any]:
-    """A run config file, which all objectives share."""
-    config = read_toml(path)
-    own = [key for key in (*_NOT_SHARED, *_OWN) if key in config]
-    if own:
-        raise UsageError(f"{path.name}: {', '.join(own)}: is not for a run config of a comparison")
-    return config
+    return tuple(drawn(pool, CONTROLS if number is None else number, seed=0))
 
 
 class _Watching:

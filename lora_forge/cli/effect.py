@@ -10,10 +10,9 @@ import click
 
 from lora_forge.cli.answer import json_alone
 from lora_forge.cli.on_model import check_text, checked_config, model_options, progress, training_prompt
+from lora_forge.cli.prompt_file import prompt_file
 from lora_forge.cli.registry import open_registry
 from lora_forge.errors import UsageError, printable
-from lora_forge.options import Unfit
-from lora_forge.prompts import read_prompt_file
 
 if TYPE_CHECKING:
     from lora_forge.config.run import RunConfig
@@ -171,18 +170,11 @@ def _drawn(given: dict[str, Any], *, but: set[str]) -> list[str]:
     from lora_forge.effect.control_prompts import CONTROL_PROMPTS, drawn
 
     path, number = given["controls_file"], given["drawn"]
-    pool = [one for one in (_lines(path) if path else CONTROL_PROMPTS) if one not in but]
+    pool = [one for one in (prompt_file("--controls-file", path) if path else CONTROL_PROMPTS) if one not in but]
     if number is not None and number > len(pool):
         source = repr(str(path)) if path else "the list that ships"
         raise UsageError(f"--random: {number} control prompts were asked for, {source} has {len(pool)}")
     return drawn(pool, DRAWN if number is None else number, given["seed"])
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    try:
-        return read_prompt_file(path)
-    except Unfit as error:
-        raise UsageError(f"--controls-file {error}") from error
 
 
 def _notes(effect: FileEffect, left_out: dict[str, int], base: FileBase) -> Iterator[str]:

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import click
 
 from lora_forge.cli.pairs import read_pair
-from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, RunConfig
+from lora_forge.config.run import DEFAULT_ITERATIONS, DEFAULT_L2, RunConfig, read_toml
+from lora_forge.errors import UsageError
 from lora_forge.options import Text
 
 # The option's name, where it is not the key's own; the seed specification's spellings work too.
@@ -139,3 +140,11 @@ def as_layers(given: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             names[key] = value if isinstance(value, bool) else Text(value)
     return [names, options]
+
+
+def shared_config(path: Path, but: Collection[str], why: str) -> dict[str, Any]:
+    """A run config file for many runs. Raises UsageError for keys that they do not share, `but`, saying `why`."""
+    config = read_toml(path)
+    if own := [key for key in but if key in config]:
+        raise UsageError(f"{path.name}: {', '.join(own)}: {why}")
+    return config

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_forge.comparison.compare import Comparison, shared_plan
 from lora_forge.comparison.gathering import picture_of
-from lora_forge.comparison.job import Comparison, shared_plan
 from lora_forge.comparison.results import NAME, Results, Row, write_results
 from lora_forge.effect.control_prompts import CONTROL_PROMPTS
 from lora_forge.errors import LoraForgeError, ModelError, UsageError, blaming

@@ -7,7 +7,6 @@ number that is not finite is null in the file, and None here. Keys that are not 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args, ge
 
 from lora_forge.errors import UsageError, nearest, printable, quoted
 from lora_forge.options import Unfit, read_value
-from lora_forge.output import Place, appearing, place_of
+from lora_forge.output import Place, appearing, json_line, place_of
 
 if TYPE_CHECKING:
     import pandas
@@ -205,7 +204,7 @@ def read_results(path: str | Path | Place) -> Results:
 def write_results(path: Place, results: Results) -> None:
     """Write the file, which appears whole or not at all, in place of one that is there. Raises OutputError."""
     with appearing(path, overwrite=True) as temporary:
-        text = "".join(f"{_json(line)}\n" for line in _lines(results))
+        text = "".join(f"{json_line(line)}\n" for line in _lines(results))
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
@@ -214,19 +213,6 @@ def _lines(results: Results) -> Iterator[Mapping[str, Any]]:
     for row in results.rows:
         line = asdict(row)
         yield line | (line.pop("measured") or {})
-
-
-def _json(line: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(line), ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not finite."""
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _header(line: str, where: str) -> Header:

@@ -17,7 +17,7 @@ from lora_forge.files.deltas import norm_and_rank
 from lora_forge.seeds import generator_for
 
 Result = TypeVar("Result")
-Measured = Mapping[str, float | None]  # a loss's label to its value, None of one that raised
+LossValues = Mapping[str, float | None]  # a loss's label to its value, None of one that raised
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Probe:
     component_norms: Mapping[str, float]
     effective_rank: float | None
     random: Movement
-    measured_after: Measured
-    measured_random: Measured
-    measured_before: Measured = field(default_factory=dict)
+    measured_after: LossValues
+    measured_random: LossValues
+    measured_before: LossValues = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +78,7 @@ def measure_probe(
     reached: Collection[LayerKey],
     paraphrases: Sequence[str],
     controls: Sequence[str],
-    evaluate: Callable[[], Sequence[Measured]],
+    evaluate: Callable[[], Sequence[LossValues]],
 ) -> list[Probe]:
     """One `Probe` per prompt of a bank that is in the view's slot. The bank itself is not changed.
 

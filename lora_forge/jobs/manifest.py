@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from lora_forge.errors import LoraForgeError, OutputError
+from lora_forge.output import json_line
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -263,23 +263,7 @@ def _interned(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _encoded(lines: Iterable[Mapping[str, Any]]) -> bytes:
-    return b"".join(_json(line).encode("utf-8", "backslashreplace") + b"\n" for line in lines)
-
-
-def _json(line: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(line, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(line), ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not finite."""
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return b"".join(json_line(line).encode("utf-8", "backslashreplace") + b"\n" for line in lines)
 
 
 @contextmanager

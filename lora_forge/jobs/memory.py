@@ -11,7 +11,7 @@ import torch
 from lora_forge.clock import Clock
 from lora_forge.model import LoadedModel
 from lora_forge.plan import Plan, Request
-from lora_forge.training.train import set_up
+from lora_forge.training.train import set_up_empty
 
 _BANK_COPIES = 4  # the numbers, their gradient, and the two moments of the usual optimizers
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
@@ -35,7 +35,7 @@ def _saved_bytes(plan: Plan, requests: list[Request], model: LoadedModel) -> int
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    bank, view, objective = set_up(plan, requests, model)
+    bank, view, objective = set_up_empty(plan, requests, model)
     model.slot.bank = bank
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         values = objective.values()  # held, as what it saved is, so that no two tensors can have had one place

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_forge.pages.figures import FAINT, LINE, SERIES, figure_json, label, plain
+from lora_forge.pages.figures import SERIES, figure_json, label, plain
+from lora_forge.pages.lines import DASHES, FEW, over_steps
 
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-_FEW = 12  # points that are shown as such
 _NAME = 18  # pixels that a name takes in the legend, where each has a row of its own
 
 
@@ -48,30 +47,19 @@ def bands(shown: Sequence[Band], *, axis: str) -> str:
             y=list(one.mean),
             name=plain(label(one.name)),
             legendgroup=group,
-            mode="lines+markers" if len(steps) <= _FEW else "lines",
+            mode="lines+markers" if len(steps) <= FEW else "lines",
             line={
                 "color": colour,
-                "dash": _DASHES[(number + number // len(SERIES)) % len(_DASHES)],
+                "dash": DASHES[(number + number // len(SERIES)) % len(DASHES)],
                 "width": 2,
             },
             marker={"size": 4},
             hovertemplate="%{y:.4~g}",
         )
     figure.update_layout(
-        template="none",
         height=360 + _NAME * len(shown),
         margin={"l": 8, "r": 12, "t": 12, "b": 40},
-        xaxis={"title": {"text": "step", "standoff": 6}, "tickformat": "d", "gridcolor": LINE, "zeroline": False},
-        yaxis={
-            "title": {"text": plain(axis), "standoff": 8},
-            "tickformat": "~g",
-            "gridcolor": LINE,
-            "zerolinecolor": FAINT,
-            "automargin": True,
-        },
-        showlegend=True,
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top", "traceorder": "normal"},
-        font={"size": 11},
-        hovermode="x unified",
+        **over_steps(axis),
     )
     return figure_json(figure)

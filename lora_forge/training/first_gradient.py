@@ -73,7 +73,7 @@ def first_gradients(bank: Bank, earlier: LoraWeights, view: ModelView, objective
     those of a run that never asked.
     """
     recording = RecordingBank(bank)
-    _place(earlier, recording)
+    recording.place(earlier)
     view.slot.bank = recording
     try:
         view.begin_step()
@@ -84,14 +84,6 @@ def first_gradients(bank: Bank, earlier: LoraWeights, view: ModelView, objective
     finally:
         view.slot.bank = None
     return recording.gradients()
-
-
-def _place(weights: LoraWeights, bank: Bank) -> None:
-    with torch.no_grad():
-        for component, layers in weights.items():
-            for layer, pair in layers.items():
-                for name, target in bank.pairs[component, layer]._asdict().items():
-                    target.copy_(pair[name])
 
 
 def _gradient(noted: Sequence[tuple[torch.Tensor, torch.Tensor]], prompt: int) -> LayerGradient | None:

@@ -53,10 +53,9 @@ class Keeper:
         self.training = self.training & ~stops
         return self.training
 
-    def finish(self, objective: torch.Tensor | None, steps: int) -> None:
-        """After the last step, with the objective of the last weights if it `watches`: put back what is kept."""
-        if self._kept is None or objective is None:
-            return
+    def finish(self, objective: torch.Tensor, steps: int) -> None:
+        """After the last step, with the objective of the last weights: put back what is kept."""
+        assert self._kept is not None, "it watches nothing"
         self._keep((objective < self._lowest) if self._best else self.training, objective, steps)
         with torch.no_grad():
             self._bank.parameter.copy_(self._kept)

@@ -8,12 +8,11 @@ import torch
 
 from lora_forge.batch import ModelView
 from lora_forge.choices import ChosenTerm
+from lora_forge.effect.probe import LossValues
 from lora_forge.errors import LoraForgeError, blaming
 from lora_forge.training.objective import Objective, Term
 
 DRAWS = 4  # evaluations that are averaged of losses that see noise
-
-Measured = dict[str, float | None]
 
 
 def build_terms(chosen: Sequence[ChosenTerm]) -> list[Term]:
@@ -32,7 +31,7 @@ class MeasuredLosses:
         self._objectives = {term.label: Objective([term], view) for term in build_terms(chosen)}
         self.notes: list[str] = []
 
-    def values(self) -> list[Measured]:
+    def values(self) -> list[LossValues]:
         """Per prompt, each loss, unweighted, of the weights that are in the slot; through the denoiser, the mean of
         several draws of noise, always the same ones, and none that a step sees. None of a loss that raised.
         """
@@ -50,7 +49,7 @@ class MeasuredLosses:
             for prompt in range(self._view.prompts)
         ]
 
-    def changes(self, before: Sequence[Measured]) -> list[dict[str, tuple[float | None, float | None]]]:
+    def changes(self, before: Sequence[LossValues]) -> list[dict[str, tuple[float | None, float | None]]]:
         """Per prompt, what each loss was and is now, by label."""
         return [
             {label: (value, after[label]) for label, value in own.items()}

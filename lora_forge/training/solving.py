@@ -6,7 +6,7 @@ import torch
 
 from lora_forge.bank import Bank
 from lora_forge.batch import Batch, ModelView
-from lora_forge.contracts import LayerKey, LoraWeights, SolveRequest
+from lora_forge.contracts import SolveRequest
 from lora_forge.errors import PluginError, RunFailed, blaming
 from lora_forge.training.failures import Failures
 from lora_forge.training.objective import Term
@@ -27,10 +27,11 @@ def solve(term: Term, view: ModelView, bank: Bank, failures: Failures) -> None:
     if misfits:
         raise RunFailed(f"loss {term.label!r}: solve() {misfits}", term=term.label)
     finite = torch.ones(bank.prompts, dtype=torch.bool)
+    for pair in (pair for layers in weights.values() for pair in layers.values()):
+        for name in ("lora_A", "lora_B"):
+            finite &= pair[name].flatten(1).isfinite().all(dim=1).cpu()
+    bank.place(weights)
     with torch.no_grad():
-        for key, name, value in _each(weights):
-            finite &= value.flatten(1).isfinite().all(dim=1).cpu()
-            getattr(bank.pairs[key], name).copy_(value)
         bank.parameter[~finite.to(bank.parameter.device)] = 0  # so that what is measured of the others goes on
     for prompt in (~finite).nonzero().flatten().tolist():
         message = f"{term.label} has no finite solution; nothing was written"
@@ -52,13 +53,3 @@ def misfit(weights: object, bank: Bank) -> str:
                     got = f"of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else "missing"
                     return f"gives {component}.{layer} whose {name} is {got}, expected {tuple(target.shape)}"
     return ""
-
-
-def _each(weights: LoraWeights) -> list[tuple[LayerKey, str, torch.Tensor]]:
-    names = ("lora_A", "lora_B")
-    return [
-        ((component, layer), name, pair[name])
-        for component, layers in weights.items()
-        for layer, pair in layers.items()
-        for name in names
-    ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 import torch
 
@@ -17,21 +16,20 @@ from lora_forge.batch import ModelView, texts_by_encoder
 from lora_forge.clock import Clock
 from lora_forge.config.stopping import StopRule
 from lora_forge.effect.measure import Effect, measure_effect
-from lora_forge.effect.probe import Probe, measure_probe
+from lora_forge.effect.probe import LossValues, Probe, measure_probe
 from lora_forge.effect.tokens import TokenShift, token_shifts
 from lora_forge.errors import ObjectiveError, UsageError, blaming
 from lora_forge.events import RunInfo, RunStart
 from lora_forge.model import LoadedModel
 from lora_forge.plan import Plan, Request
 from lora_forge.plugins import Registry
-from lora_forge.records import InitializerSpec
 from lora_forge.result import Values
 from lora_forge.training.capture import Captured, cuda_capture
 from lora_forge.training.failures import Failures
 from lora_forge.training.first_gradient import Gradients, first_gradients
 from lora_forge.training.initial import earlier_weights, initial_weights
 from lora_forge.training.keeping import Keeper
-from lora_forge.training.measuring import Measured, MeasuredLosses, build_terms
+from lora_forge.training.measuring import MeasuredLosses, build_terms
 from lora_forge.training.objective import Objective, backward
 from lora_forge.training.optimizers import end_training, start_optimizers
 from lora_forge.training.reach import Reach
@@ -96,12 +94,18 @@ def train(
 
 def set_up(plan: Plan, requests: Sequence[Request], model: LoadedModel) -> tuple[Bank, ModelView, Objective]:
     """A filled bank, the prompts' view of a model in use, and the objective on it."""
-    bank = Bank(model.layers, rank=plan.rank, alpha=plan.alpha, prompts=len(requests), device=model.device)
+    bank, view, objective = set_up_empty(plan, requests, model)
     earlier = earlier_weights(plan, model.layers)
     gradients: Gradients = {}
-    if cast(InitializerSpec, plan.initializer.supplied.spec).gradient:
+    if plan.initializer_spec.gradient:
         gradients = first_gradients(bank, earlier, *_view_and_objective(plan, requests, model))
     bank.fill(initial_weights(plan, model.layers, requests, earlier, gradients))
+    return bank, view, objective
+
+
+def set_up_empty(plan: Plan, requests: Sequence[Request], model: LoadedModel) -> tuple[Bank, ModelView, Objective]:
+    """As `set_up`, but every number of the bank is zero."""
+    bank = Bank(model.layers, rank=plan.rank, alpha=plan.alpha, prompts=len(requests), device=model.device)
     return bank, *_view_and_objective(plan, requests, model)
 
 
@@ -244,7 +248,7 @@ def _probe(
     view: ModelView,
     reach: Reach,
     measured: MeasuredLosses,
-    before: Sequence[Measured],
+    before: Sequence[LossValues],
 ) -> list[Probe]:
     config = plan.config
     probes = measure_probe(bank, view, reach.reached, config.paraphrases, config.controls, measured.values)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 import torch
 
-from lora_forge.batch import Batch
+from lora_forge.batch import Batch, side_by_side
 from lora_forge.contracts import EncoderOutput
 
 Text = Mapping[str, EncoderOutput]  # what each encoder makes of one text per prompt
@@ -24,23 +23,10 @@ def predict(
     noise = batch.predict_noise(
         latents.repeat_interleave(count, dim=0),
         timesteps.repeat_interleave(count, dim=0),
-        _side_by_side(texts),
+        side_by_side(texts),
         adapted=adapted,
     )
     return noise.unflatten(0, (batch.prompts, count)).transpose(0, 1)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _side_by_side(texts: Sequence[Text]) -> dict[str, EncoderOutput]:
-    """Outputs with `prompts · texts` rows."""
-    return {
-        encoder: EncoderOutput(
-            *(
-                torch.stack([getattr(text[encoder], field.name) for text in texts], dim=1).flatten(0, 1)
-                for field in fields(EncoderOutput)
-            )
-        )
-        for encoder in texts[0]
-    }
 
 
 def guided(away_from: torch.Tensor, towards: torch.Tensor, guidance: float) -> torch.Tensor:

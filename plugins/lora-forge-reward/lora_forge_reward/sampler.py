@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from lora_forge.batch import Batch
-from lora_forge.contracts import EncoderOutput
+from lora_forge.batch import Batch, side_by_side
 
 
 def sample(batch: Batch, *, steps: int, gradient_steps: int, guidance: float, negative: str) -> torch.Tensor:
@@ -36,18 +33,3 @@ def sample(batch: Batch, *, steps: int, gradient_steps: int, guidance: float, ne
             clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
             latents = after.sqrt() * clean + (1 - after).sqrt() * noise
     return latents
-
-
-def side_by_side(
-    outputs: list[Mapping[str, EncoderOutput]] | list[dict[str, EncoderOutput]],
-) -> dict[str, EncoderOutput]:
-    """Several texts' outputs as one of `prompts · texts` rows, those of a prompt one after the other."""
-    return {
-        encoder: EncoderOutput(
-            *(
-                torch.stack([getattr(one[encoder], part) for one in outputs], dim=1).flatten(0, 1)
-                for part in ("last_hidden_state", "penultimate_hidden_state", "pooled")
-            )
-        )
-        for encoder in outputs[0]
-    }

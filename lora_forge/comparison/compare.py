@@ -24,7 +24,6 @@ from lora_forge.plugins import Registry
 from lora_forge.saving import versions
 
 PARAPHRASES = ("a picture of {prompt}", "{prompt}, as a picture", "an image that shows {prompt}", "this is {prompt}")
-CONTROLS = 8  # control prompts, unless asked for others
 UNLIMITED = 100_000  # iterations, where seconds are the budget
 _TOLD_APART = ("prompt", "prompt_2", "model", "base_model", "iterations", "seed", "loss", "stop_when")
 
