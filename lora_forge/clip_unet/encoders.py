@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from lora_forge.clip_unet.attention import use_short_attention
 from lora_forge.clip_unet.family import UNET, ClipEncoder
 from lora_forge.clip_unet.sources import Source
 from lora_forge.errors import ModelError
@@ -62,7 +63,7 @@ def ready_for_steps(encoder: Any) -> nn.Module:
     parameter = next(encoder.parameters())
     if parameter.device.type == "cpu" and parameter.dtype is not torch.float32:
         # The gradient of torch's fused attention takes four times as long in 16 bits as in 32, on a CPU.
-        encoder.set_attn_implementation("eager")
+        use_short_attention(encoder)
     return freeze(encoder)
 
 
