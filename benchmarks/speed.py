@@ -42,6 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--growth-dtype", default="float32")
     parser.add_argument("--growth-iterations", type=int, default=3)
     parser.add_argument("--closeness", action="store_true", help="hold the sides' files against the single ones")
+    parser.add_argument("--device", default="cpu", help="of all sides; rates are measured of a CPU alone")
     parser.add_argument("--threads", type=int, help="for matrix products [default: each process's own choice]")
     parser.add_argument("--rate-seconds", type=float, default=0.25, help="spent on each route of each product; 0: none")
     parser.add_argument("--json", type=Path, help="where to write every figure")
@@ -59,14 +60,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write. Exit code 1 if a process failed."""
     given = parse(arguments)
-    settings = Settings(given.model, given.model_folder, given.iterations, given.threads)
+    settings = Settings(given.model, given.model_folder, given.iterations, given.threads, given.device)
     work = work_of(given.model_folder)
     report: Report = {
         "machine": machine(given.threads),
         "settings": {"model": given.model, "iterations": given.iterations, "repeats": given.repeats, "prompt": PROMPT},
         "work": {"matrix_parameters": work.parameters, "tokens": work.tokens, "flops_per_step": work.flops},
     }
-    if given.rate_seconds:
+    if given.rate_seconds and given.device == "cpu":
         report["rates"] = measure_rates(given, settings)
         keep(report, given.json)
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +141,7 @@ def closeness(sides: Sequence[Side], files: dict[str, Path], runs: Sequence[Repo
 def grow(size: int, given: argparse.Namespace, settings: Settings) -> Report:
     """So many prompts in one bank, in a process of its own."""
     command = [sys.executable, str(HERE / "speed_growth.py"), "--model", settings.model, "--prompts", str(size)]
-    command += ["--model-folder", str(settings.folder), "--dtype", given.growth_dtype]
+    command += ["--model-folder", str(settings.folder), "--dtype", given.growth_dtype, "--device", given.device]
     read_through(settings.folder)
     measured = measure([*command, "--iterations", str(given.growth_iterations)], settings.threads)
     said = {} if measured.error else json.loads(measured.stdout.strip().splitlines()[-1])

@@ -33,18 +33,20 @@ def main() -> None:
     for name in ("--model-folder", "--config", "--prompt", "--output"):
         parser.add_argument(name, required=True)
     parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     with open(given.config, encoding="utf-8") as file:
         config = json.load(file)
     moments = [("import", STARTED), ("load", time.perf_counter())]
 
     pipe: Any = StableDiffusionXLPipeline.from_pretrained(given.model_folder, torch_dtype=torch.float32)
+    pipe.to(given.device)
     for name in (*COMPONENTS, "vae"):
         getattr(pipe, name).requires_grad_(False)
     tokens = {
         encoder: getattr(pipe, tokenizer)(
             given.prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-        )
+        ).to(given.device)
         for encoder, tokenizer in ENCODERS.items()
     }
     moments.append(("inject", time.perf_counter()))
@@ -100,7 +102,7 @@ def optimize(adapted: dict[str, Any], tokens: dict[str, Any], config: dict[str, 
             output = adapted[encoder](input_ids=given.input_ids, attention_mask=given.attention_mask)
             terms.append(-torch.mean(torch.abs(output.last_hidden_state)))
         embedding_loss = torch.stack(terms).mean()
-        l2_loss = torch.zeros(())
+        l2_loss = torch.zeros((), device=parameters[0].device)
         for parameter in parameters:
             l2_loss = l2_loss + config["regularization_strength"] * torch.sum(parameter**2)
         total = embedding_loss + l2_loss

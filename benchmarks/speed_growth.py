@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, required=True)
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     prompts = [f"a painting of {number} steampunk owls" for number in range(1, given.prompts + 1)]
 
@@ -101,7 +102,7 @@ def run(prompts: Sequence[str], given: Any, iterations: int, clock: Clock) -> li
         "base_model": given.model_folder,
         "dtype": given.dtype,
         "iterations": iterations,
-        "device": "cpu",
+        "device": given.device,
     }
     registry = discover()
     plan = make_plan(read_run_config([settings]), registry)

@@ -25,12 +25,13 @@ _BATCH = re.compile(rf"batch(\d+)(?:-({'|'.join(DTYPES)}))?")
 
 @dataclass(frozen=True)
 class Settings:
-    """What all sides have in common. threads: None leaves it to each process."""
+    """What all sides have in common. threads: None leaves it to each process. device: as PyTorch names it."""
 
     model: str
     folder: Path
     iterations: int
     threads: int | None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Side:
         if self.kind == "baseline":
             config = HERE.parent / "model_config" / f"{settings.model}_config.json"
             files = ["--model-folder", str(settings.folder), "--config", str(config), "--output", str(_file(place))]
-            return [sys.executable, str(HERE / "speed_baseline.py"), *files, "--prompt", PROMPT, *iterations]
-        model = ["--model", settings.model, "--base-model", str(settings.folder), "--device", "cpu"]
+            files += ["--prompt", PROMPT, "--device", settings.device]
+            return [sys.executable, str(HERE / "speed_baseline.py"), *files, *iterations]
+        model = ["--model", settings.model, "--base-model", str(settings.folder), "--device", settings.device]
         ours = [sys.executable, "-m", "lora_forge", self.kind, *model, "--dtype", self.dtype, *iterations]
         if self.kind == "run":
             return [*ours, "--prompt", PROMPT, "--output", str(_file(place)), "--json"]

@@ -24,7 +24,7 @@ CACHED_NUMBERS = 2**17  # what a CPU does number by number, it does fastest whil
 
 
 class Pair(NamedTuple):
-    """One layer's matrices: A `(prompts, rank, in)`, B `(prompts, out, rank)`, leaves with gradients."""
+    """One layer's matrices: A `(prompts, rank, in)`, B `(prompts, out, rank)`, leaves with gradients until `rest`."""
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
@@ -110,6 +110,15 @@ class Bank:
                 for layer, pair in layers.items():
                     for name, target in self.pairs[component, layer]._asdict().items():
                         target.copy_(pair[name])
+
+    def rest(self) -> None:
+        """Training is over: let go of the gradient, and of the device in one copy. What is left is there to be read."""
+        numbers = self.parameter.detach().cpu()
+        for key, pair in self.pairs.items():
+            views = (numbers.as_strided(part.shape, part.stride(), part.storage_offset()) for part in pair)
+            self.pairs[key] = Pair(*views)
+        self.parameter, self._gradient = nn.Parameter(numbers, requires_grad=False), torch.empty(0)
+        self._rows.clear()
 
     def zero_gradient(self) -> None:
         """Clear the gradient."""

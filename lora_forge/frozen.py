@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-MANY_ROWS = 768  # from here on all routes are about equally fast, and MKL's the fastest
+MANY_ROWS = 768  # from here on MKL's route is the fastest
 LARGE_WEIGHT = 2**18  # numbers; products with smaller ones are too short for the route to matter
 _PADDED_TO = 16  # rows that narrow products are padded to a multiple of, where they are slow
 

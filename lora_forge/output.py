@@ -100,18 +100,22 @@ def check_apart(inputs: Iterable[Path], output: Path) -> None:
             raise OutputError(f"output {str(output)!r} is, or is within, or holds the input {str(path)!r}")
 
 
-def _check_url(place: UPath, *, overwrite: bool, folder: bool) -> None:
+def _check_url(place: UPath, *, overwrite: bool, folder: bool) -> bool:
+    """Whether something is there that may be replaced, in one look. Raises OutputError."""
     shown = f"output {str(place)!r}"
     try:
-        exists, is_folder = place.exists(), place.is_dir()
+        is_folder = place.fs.info(place.path)["type"] == "directory"
+    except FileNotFoundError:
+        return False
     except Exception as error:  # of whatever package serves the protocol
         raise OutputError(f"{shown} cannot be looked up: {_reason(error)}") from error
-    if exists and is_folder and not folder:
+    if is_folder and not folder:
         raise OutputError(f"{shown} is a directory")
-    if exists and not overwrite:
+    if not overwrite:
         raise OutputError(f"{shown} exists; --overwrite replaces it")
-    if exists and folder:
+    if folder:
         raise OutputError(f"{shown} exists, and a folder at a URL is not replaced; give another name")
+    return True
 
 
 @contextmanager
@@ -154,17 +158,16 @@ def _uploading(place: UPath, *, overwrite: bool, folder: bool) -> Iterator[Path]
             made = Path(above) / f"made{place.suffix}"
             made.mkdir() if folder else made.touch()
             yield made
-            check_output(place, overwrite=overwrite, folder=folder)
-            _upload(made, place)
+            there = _check_url(place, overwrite=overwrite, folder=folder)
+            _upload(made, place, new=not there)
     except OSError as error:
         raise OutputError(f"output {str(place)!r} cannot be written: {error.strerror or error}") from error
 
 
-def _upload(made: Path, place: UPath) -> None:
+def _upload(made: Path, place: UPath, *, new: bool) -> None:
     """Put a file, or all files of a folder, where they belong, or none of what was not there before."""
     files = [made] if made.is_file() else sorted(one for one in made.rglob("*") if one.is_file())
     targets = [f"{place.path}/{one.relative_to(made).as_posix()}" if one != made else place.path for one in files]
-    new = not place.exists()
     try:
         place.fs.put([str(one) for one in files], targets)  # by lists, since names alone may hold a * or [
     except Exception as error:  # of whatever package serves the protocol

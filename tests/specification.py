@@ -5,6 +5,7 @@ Nothing of lora_forge is imported here. Initial weights come from outside.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def forge(
     l2: float = 1e-5,
     lr: float = 1e-4,
     fused: bool = False,
+    size: Callable[[torch.Tensor], torch.Tensor] = torch.abs,
 ) -> Outcome:
     pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     present = [name for name in ENCODERS if hasattr(pipe, name)]
@@ -71,7 +73,7 @@ def forge(
         terms = []
         for name in encoders:
             output = adapted[name](input_ids=tokens[name].input_ids, attention_mask=tokens[name].attention_mask)
-            terms.append(-torch.mean(torch.abs(output.last_hidden_state)))
+            terms.append(-torch.mean(size(output.last_hidden_state)))
         embedding_loss = sum(terms, torch.zeros(())) / len(terms)
         regularization = sum((l2 * torch.sum(p**2) for p in parameters), torch.zeros(()))
         total = embedding_loss + regularization

@@ -246,3 +246,19 @@ def test_what_a_hook_has_kept_of_a_frozen_layers_own_input_is_not_changed_by_the
     assert torch.equal(hidden, before)
     assert torch.equal(first, second)
     assert not torch.allclose(first, base(hidden))
+
+
+def test_a_bank_at_rest_has_the_same_numbers_in_one_place_and_no_gradient() -> None:
+    bank = filled_bank()
+    before, norms = [bank.weights(prompt) for prompt in range(PROMPTS)], bank.delta_norms()
+    bank.rest()
+    for prompt, weights in enumerate(before):
+        for layer, pair in weights["part"].items():
+            for name, expected in pair.items():
+                assert torch.equal(bank.weights(prompt)["part"][layer][name], expected)
+    assert all(torch.equal(norm, norms[key]) for key, norm in bank.delta_norms().items())
+    assert bank.parameter.grad is None
+    assert bank.gradient.numel() == 0
+    bank.parameter.zero_()
+    assert not any(part.any() for pair in bank.pairs.values() for part in pair)
+    assert not any(part.requires_grad or part.grad is not None for pair in bank.pairs.values() for part in pair)

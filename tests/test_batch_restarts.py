@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from lora_forge.cli.main import main
 
@@ -37,6 +38,26 @@ def lora_forge_run_started(event):
 def lora_forge_run_finished(event):
     print("finished", event.run.prompt)
     raise OSError("no room for notes")
+"""
+
+ELSEWHERE = """
+import os, pickle, tempfile
+from lora_forge import ExecutorSpec, hookimpl
+
+def elsewhere(request):
+    make_worker, before = pickle.loads(pickle.dumps(request.make_worker)), os.getcwd()
+    os.chdir(tempfile.mkdtemp())
+    try:
+        worker = make_worker()
+        for task in request.tasks:
+            request.report(worker.save(worker.train(task)))
+        worker.close()
+    finally:
+        os.chdir(before)
+
+@hookimpl
+def lora_forge_executors():
+    yield ExecutorSpec(name="elsewhere", summary="as if in another process", factory=elsewhere)
 """
 
 
@@ -145,6 +166,36 @@ def test_an_output_folder_without_a_name_is_refused(capsys: pytest.CaptureFixtur
     assert "has no name" in capsys.readouterr().err
 
 
-def test_a_column_that_is_nearly_a_known_one_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert batch("prompt,strenght\nan owl,2\n") == 0
-    assert "strenght (did you mean 'strength'?)" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "words",
+    [
+        "strenght (did you mean 'strength'?)",
+        "optimiser.lr (did you mean 'optimizer.lr'?)",
+        "loss. (did you mean 'loss'?)",
+    ],
+)
+def test_a_column_that_is_nearly_a_known_one_is_pointed_out(capsys: pytest.CaptureFixture[str], words: str) -> None:
+    assert batch(f"prompt,{words.split()[0]}\nan owl,2\n") == 0
+    assert words in capsys.readouterr().err
+
+
+def test_a_worker_of_another_process_writes_into_the_folder_that_was_meant(tmp_path: Path) -> None:
+    plugin = tmp_path / "elsewhere.py"
+    plugin.write_text(ELSEWHERE)
+    assert batch("prompt\nan owl\n", "--plugin", str(plugin), "--executor", "elsewhere") == 0
+    assert len(list(Path("out").glob("*.safetensors"))) == 1
+
+
+def test_begun_again_with_a_smaller_batch_size_the_same_batches_train_in_parts() -> None:
+    rows = "prompt\nan owl\na fox\na cat\na hen\n"
+    assert batch(rows, "--batch-size", "4") == 0
+    made = {path.name: load_file(path) for path in Path("out").glob("*.safetensors")}
+    for path in sorted(Path("out").glob("*.safetensors"))[:3]:
+        path.unlink()
+    assert batch(rows, "--batch-size", "2") == 0
+    for name, tensors in made.items():
+        for key, found in load_file(Path("out", name)).items():
+            assert float((found - tensors[key]).norm()) <= 1e-5 * float(tensors[key].norm()), (name, key)
+    lines = [json.loads(line) for line in Path("out", "manifest.jsonl").read_text().splitlines()]
+    assert lines[0]["batch_size"] == 4
+    assert {line["batch"]["size"] for line in lines[5:]} == {2}

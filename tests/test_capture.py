@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lora_forge
 from lora_forge.clock import Clock
 from lora_forge.config.run import read_run_config
 from lora_forge.model import open_model
@@ -96,3 +97,11 @@ def test_what_cannot_be_captured_is_told_and_done_step_by_step() -> None:
     step = Captured(lambda: next(calls), refuse, notes.append)
     assert [step() for _ in range(6)] == list(range(6))
     assert notes == ["steps run one operation at a time: operation not permitted when stream is capturing"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_captured_run_is_that_of_a_cpu_up_to_rounding() -> None:
+    runs = [lora_forge.run("an owl", "tiny_sdxl", iterations=WARM_UP + 8, device=name) for name in ("cuda", "cpu")]
+    assert not [note for note in runs[0].warnings if "one operation at a time" in note]
+    losses = [[step.loss for step in result.steps] for result in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

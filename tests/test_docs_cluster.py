@@ -25,6 +25,18 @@ def test_prompts_per_hour_follow_from_the_rate(row: str) -> None:
     assert hours == pytest.approx(1e6 / usual, abs=0.06)
 
 
+def test_the_example_of_cost_follows_from_its_prices() -> None:
+    told = r"cost (\d+) to compute, (\d+) to keep for a month and (\d+) to write.*?would be ([\d,]+) a month"
+    found = re.search(told, TEXT, re.DOTALL)
+    assert found
+    prices = re.search(r"price_of_1000_writes = ([\d.]+), ([\d.]+), ([\d.]+)", TEXT)
+    assert prices
+    hour, month, writes = map(number, prices.groups())
+    gpu_hours = 1e6 * OPERATIONS / (3600 * 989e12 * 0.4)
+    expected = (gpu_hours * 1.1 * hour, 6.5 * month, 1000 * writes, 59.6 * month)
+    assert [number(told) for told in found.groups()] == pytest.approx(expected, abs=0.51)
+
+
 def test_bytes_are_those_of_the_shipped_layers() -> None:
     config = read_model_config("sdxl_base")
     sizes = {component: config.dimensions[component] for component in config.targets}

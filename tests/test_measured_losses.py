@@ -22,6 +22,7 @@ from lora_forge.options import Text, parse_options
 from lora_forge.prompts import prompts_field
 from lora_forge.schedules import TERM_SCHEDULES, TermSchedule
 from lora_forge.seeds import generator_for
+from lora_forge.training import objective
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -195,6 +196,18 @@ def test_linear_and_cosine_are_halfway_in_the_middle() -> None:
 def test_a_schedule_that_cannot_be_read_is_named(text: str) -> None:
     with pytest.raises(ConfigError, match=r"loss\.schedule"):
         lora_forge.run("bond", "tiny_sdxl", loss={"name": "embedding_magnitude", "schedule": text})
+
+
+def test_a_schedule_is_the_same_however_many_steps_factors_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = [{"name": "embedding_magnitude", "schedule": "cosine"}, {"name": "embed_write", "schedule": "linear_up"}]
+
+    def run() -> RunResult:
+        return lora_forge.run("bond", "tiny_sdxl", iterations=8, loss=terms)
+
+    whole = run()
+    monkeypatch.setattr(objective, "STEPS_AT_ONCE", 3)
+    assert same_weights(run(), whole)
+    assert not same_weights(lora_forge.run("bond", "tiny_sdxl", iterations=8, loss=[t["name"] for t in terms]), whole)
 
 
 @dataclass(frozen=True)

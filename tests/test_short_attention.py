@@ -72,6 +72,21 @@ def test_sixteen_bit_states_are_as_close_to_float64_as_those_of_eager_attention(
     assert mine <= 1.2 * difference(states(ours, MASK), expected)
 
 
+def test_sixteen_bit_gradients_are_as_close_to_float64_as_those_of_eager_attention() -> None:
+    plain, ours = encoders(torch.bfloat16)
+    weights = torch.randn(3, 6, 32)
+
+    def gradients(encoder: Any) -> torch.Tensor:
+        encoder.zero_grad()
+        (states(encoder, MASK) * weights).sum().backward()  # type: ignore[no-untyped-call]
+        return torch.cat([p.grad.flatten() for name, p in encoder.named_parameters() if "k_proj.bias" not in name])
+
+    expected = gradients(plain)
+    mine = difference(gradients(ours), expected)
+    ours.set_attn_implementation("eager")
+    assert mine <= 1.2 * difference(gradients(ours), expected)
+
+
 def test_the_gradient_can_be_differentiated_in_turn() -> None:
     slopes = []
     for encoder in encoders(torch.float64):

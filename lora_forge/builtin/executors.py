@@ -19,7 +19,7 @@ def local(request: ExecutorRequest) -> None:
             for task in request.tasks:
                 trained = worker.train(task)
                 if earlier:
-                    earlier.result()  # what went wrong in saving ends the job; and no two batches' weights are held
+                    earlier.result()  # what went wrong in saving ends the job; one batch at most waits to be saved
                 earlier = saving.submit(_save, request, worker, trained)
                 del trained
             if earlier:

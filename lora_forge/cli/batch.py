@@ -69,6 +69,7 @@ def command(
     from lora_forge.jobs.columns import likely
     from lora_forge.jobs.rows import read_rows
 
+    size = _batch_size(batch_size)
     with json_alone(as_json) as answer:
         found = read_rows(source, column=column, format=input_format)
         if found.ignored:
@@ -84,7 +85,7 @@ def command(
             layers=(*layers, *as_layers(given)),
             rows=found.rows,
             output_dir=output_dir,
-            batch_size=_batch_size(batch_size),
+            batch_size=size,
             threads=threads,
             executor=Choice(executor, dict(read_pair(text, "--executor-opt") for text in executor_opt)),
             retry_failed=retry_failed,

@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class BatchProgress:
-    """Prompts made, rate, time left and failures: a bar on a terminal, a line every ten seconds elsewhere."""
+    """Prompts made, rate, time left and failures: a bar on a terminal; elsewhere lines, ten seconds apart at least."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -65,15 +65,20 @@ class BatchProgress:
         values += self._pace(state)
         if self._bar is not None:
             self._bar.update(self._task, completed=state.made + state.failed, total=state.prompts, values=values)
+            if not self._batch and self._settled_now(state):  # by a process whose steps are not heard here
+                self._bar.update(self._task, description="training")
         elif time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             self._console.print(f"{state.made}/{state.prompts} made  {values}", highlight=False, soft_wrap=True)
 
+    def _settled_now(self, state: JobState) -> int:
+        assert self._begun is not None
+        return state.made + state.failed - self._begun[1]
+
     def _pace(self, state: JobState) -> str:
         assert self._begun is not None
-        start, settled = self._begun
-        done, seconds = state.made + state.failed - settled, time.monotonic() - start
-        if not done:
+        done, seconds = self._settled_now(state), time.monotonic() - self._begun[0]
+        if not done or not seconds:
             return ""
         return f"  {60 * done / seconds:.3g} prompts/min  {_duration(state.left * seconds / done)} left"
 
@@ -81,13 +86,12 @@ class BatchProgress:
 def print_state(state: JobState, output_dir: str) -> None:
     """The end of a job, in a line."""
     console = Console(stderr=True)
-    parts = [f"{state.made} made"]
-    if state.earlier:
-        parts[0] += f" ({state.earlier} of them before)"
+    now = state.made - state.earlier
+    parts = [f"{now} made now, {state.earlier} before" if state.earlier else f"{now} made"]
     if state.failed:
         parts.append(f"[yellow]{state.failed} failed[/], manifest.jsonl says why")
     if state.twice:
-        parts.append(f"{state.twice} rows repeat another")
+        parts.append(f"{state.twice} {'row repeats' if state.twice == 1 else 'rows repeat'} another")
     if state.halved:
         parts.append("memory ran out, so that batches were halved")
     console.print(f"{escape(output_dir)}: {'; '.join(parts)}", highlight=False, soft_wrap=True)

@@ -1,4 +1,6 @@
-"""Attention over a text's tokens on a CPU: torch's fused attention is made for far longer sequences than 77."""
+"""Attention over a text's tokens in 16 bits on a CPU, where torch's fused attention is made for far longer sequences
+than 77, and transformers' eager one widens all weights to float32 and back.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -38,7 +40,10 @@ def _attend(
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(scaling · Q Kᵀ + mask) V as one node of the graph; the softmax is computed in float32 and rounded."""
+    """softmax(scaling · Q Kᵀ + mask) V as one node of the graph, which keeps the softmax as rounded to its dtype.
+
+    Products, softmax and their gradients are each computed in float32, and then rounded.
+    """
 
     @staticmethod
     def forward(
@@ -46,29 +51,27 @@ class _ShortAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        scores = _each(query, key.transpose(2, 3)).mul_(scaling)
-        weights = (scores if mask is None else scores.add_(mask)).softmax(dim=-1)
+        weights = _products(query, key.transpose(2, 3)).mul_(scaling).add_(mask).softmax(dim=-1)
         ctx.save_for_backward(query, key, value, weights)
         ctx.mask, ctx.scaling = mask, scaling
-        return _each(weights, value)
+        return _products(weights, value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         query, key, value, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
-            scores = query @ key.transpose(2, 3) * ctx.scaling
-            weights = (scores if ctx.mask is None else scores + ctx.mask).softmax(dim=-1)
+            weights = (query @ key.transpose(2, 3) * ctx.scaling + ctx.mask).softmax(dim=-1)
         gradient = gradients[0].contiguous()
-        of_weights = _each(gradient, value.transpose(2, 3))
+        of_weights = _products(gradient, value.transpose(2, 3))
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype) * ctx.scaling
-        of_query, of_key = _each(of_scores, key), _each(of_scores.transpose(2, 3), query)
-        return of_query, of_key, _each(weights.transpose(2, 3), gradient), None, None
+        of_query, of_key = _products(of_scores, key), _products(of_scores.transpose(2, 3), query)
+        return of_query, of_key, _products(weights.transpose(2, 3), gradient), None, None
 
 
-def _each(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The products of matrices in the last two dimensions, `(texts, heads, …)`."""
     product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1))
     return product.view(*left.shape[:2], *product.shape[1:])

@@ -185,6 +185,8 @@ class ClipUnetBackend(Backend):
             self._adapted[component] = inject(module, names, rank, alpha, slot)
             self._checkpointing.slot = slot
             if component in self.facts.encoders:
+                if component in self._below:
+                    self._below[component].release()
                 self._below[component] = Below(module, names)
 
     def release(self) -> None:
@@ -226,6 +228,8 @@ class ClipUnetBackend(Backend):
     def encode(self, encoder: str, tokens: Tokens, *, masked: bool) -> EncoderOutput:
         module = self._modules[encoder]
         device = next(module.parameters()).device
+        if self._adapted and encoder not in self._below:
+            self._below[encoder] = Below(module, ())  # it has no target layers
         below = self._below.get(encoder)
         with below.of(tokens.input_ids, masked=masked) if below else nullcontext():
             output = module(

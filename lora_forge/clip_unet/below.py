@@ -18,14 +18,15 @@ _BLOCK = re.compile(r"\.layers\.(\d+)\.")
 class Below:
     """Remembers, for token ids that are still alive, the hidden state that enters the first adapted block.
 
-    adapted: the canonical names of the adapted layers. The last block always runs, since its input is an output of
-    the encoder's own.
+    adapted: the canonical names of the adapted layers; without any, all blocks but the last are below. That one always
+    runs, since its input is an output of the encoder's own.
     """
 
     def __init__(self, encoder: nn.Module, adapted: Collection[str]) -> None:
-        blocks: nn.ModuleList = next(part for name, part in encoder.named_modules() if name.endswith("encoder.layers"))
+        layers = (part for name, part in encoder.named_modules() if name.endswith("encoder.layers"))
+        blocks: Any = next(layers, ())
         inside = [int(found.group(1)) for name in adapted if (found := _BLOCK.search(name))]
-        self._blocks = list(blocks)[: min([*inside, len(blocks) - 1])]
+        self._blocks = list(blocks)[: max(0, min([*inside, len(blocks) - 1]))]
         self._known: Any = WeakTensorKeyDictionary()  # token ids: {masked: hidden state}
         self._of: dict[bool, torch.Tensor] | None = None
         self._masked = False

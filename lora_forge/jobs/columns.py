@@ -45,8 +45,10 @@ def keys_of(names: Sequence[str], column: str | None) -> tuple[str | None, ...]:
 
 def likely(name: str) -> str:
     """`" (did you mean 'x'?)"` of a column that means nothing and is called nearly as one that does, else ""."""
-    close = difflib.get_close_matches(_folded(name), _OWN, n=1, cutoff=0.8)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    kind, dot, option = name.strip().partition(".")
+    close = difflib.get_close_matches(kind.lower(), KINDS if option else _OWN, n=1, cutoff=0.8)
+    meant = close and (close[0] + dot + option if option else close[0])
+    return f" (did you mean {meant!r}?)" if meant else ""
 
 
 def _key(name: str) -> str | None:

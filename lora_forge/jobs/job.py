@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lora_forge.choices import Chosen, choose
@@ -125,9 +126,11 @@ def _start(
     if manifest.header is not None:
         _check_same(job, manifest.header, record)
     threads = _kept(manifest, "threads") or job.threads or _usual_threads()
-    settings = JobSettings(job.layers, job.output_dir, threads)
-    make_worker: Callable[[], Worker] = functools.partial(Worker, settings)
     batch_size = _kept(manifest, "batch_size") or job.batch_size
+    folder = place_of(job.output_dir)  # a worker's process may be in another folder, even on this machine
+    output_dir = str(folder.absolute()) if isinstance(folder, Path) else job.output_dir
+    settings = JobSettings(job.layers, output_dir, threads, job.batch_size)
+    make_worker: Callable[[], Worker] = functools.partial(Worker, settings)
     if cast(ExecutorSpec, executor.supplied.spec).local:
         worker = Worker(settings, registry)
         make_worker = lambda: worker  # noqa: E731
@@ -180,10 +183,10 @@ def _record(plan: Plan) -> dict[str, Any]:
 
 def _check_same(job: Job, header: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     found = [one for key in ("run", "versions") for one in record_differences("", header.get(key), record[key])]
-    for key in ("batch_size", "threads"):
-        asked = getattr(job, key)
-        if asked is not None and asked != header[key]:
-            found.append(f"{key} was {header[key]}, now {asked}")
+    if job.batch_size and job.batch_size > int(header["batch_size"]):  # fewer at once are the same batches, in parts
+        found.append(f"batch_size was {header['batch_size']}, now {job.batch_size}")
+    if job.threads and job.threads != int(header["threads"]):
+        found.append(f"threads was {header['threads']}, now {job.threads}")
     if found:
         raise UsageError(
             f"{job.output_dir!r} holds another job ({'; '.join(found[:5])}); "

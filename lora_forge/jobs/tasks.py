@@ -23,12 +23,13 @@ class JobSettings:
     """What all prompts of a job share, as its workers need it; can be pickled.
 
     layers: run config layers, as `collect_run_config` takes them. output_dir: a path or a URL.
-    threads: torch's CPU threads in each worker.
+    threads: torch's CPU threads in each worker. most: prompts of a batch that train side by side; None: all.
     """
 
     layers: tuple[Mapping[str, Any], ...]
     output_dir: str
     threads: int
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def prepare(rows: Iterable[Row], plans: Plans) -> Prepared:
                 raise LoraForgeError(row.error)
             plan = plans.of(row.overrides, row.prompt, row.prompt_2)
         except LoraForgeError as error:
-            refused.append((row, str(error)))
+            refused.append((row, " ".join(str(error).split())))
             continue
         seed = plan.config.seed if row.seed is None else row.seed
         id = plan.run_id(Request(row.prompt, row.prompt_2, seed, None))

@@ -51,7 +51,8 @@ class Worker:
         self._plans = Plans(settings.layers, self._registry)
         self._folder = place_of(settings.output_dir)
         self._model: LoadedModel | None = None
-        self._most: int | None = None  # prompts that fit into memory, once it has run out
+        self._most = settings.most  # prompts that train at once; fewer once memory has run out
+        self._halved = False
         hooks = [hook for _, hooks in self._registry.observers() for hook in hooks]
         self._observed = bool({"lora_forge_run_finished", "lora_forge_run_failed"} & set(hooks))
         self._finished: deque[RunResult | tuple[RunInfo, Exception]] = deque()
@@ -98,7 +99,7 @@ class Worker:
                 if size > 1 and entry.wanted and part.trained.failures[index]:
                     yield from self._train(plan, [entry])  # a loss may spread what is not finite over the batch
         elif size > 1 and out_of_memory(part.error):
-            self._most = size // 2
+            self._most, self._halved = size // 2, True
             release_memory()
             yield from self._halves(plan, entries)
         elif size == 1 or isinstance(part.error, UsageError):  # what was asked for is to blame, and no one prompt
@@ -135,7 +136,7 @@ class Worker:
     def save(self, trained: tuple[Task, list[Part]]) -> Outcome:
         task, parts = trained
         lines = [line for part in parts for line in self._save(task, part)]
-        return Outcome(task.number, tuple(lines), self._most is not None and self._most < len(task.entries))
+        return Outcome(task.number, tuple(lines), self._halved and (self._most or 0) < len(task.entries))
 
     def _save(self, task: Task, part: Part) -> Iterator[dict[str, Any]]:
         from lora_forge.finishing import finish

@@ -13,6 +13,8 @@ from lora_forge.contracts import Loss
 from lora_forge.errors import RunFailed, blaming
 from lora_forge.schedules import TermSchedule
 
+STEPS_AT_ONCE = 1024  # whose factors go to the device together, since it has to be waited for
+
 
 @dataclass(frozen=True)
 class Term:
@@ -42,6 +44,7 @@ class Objective:
         self.content_only = all(term.content_only and term.needs <= {"text"} for term in terms)
         self._scheduled = any(term.schedule != TermSchedule() for term in terms)
         self._factors = torch.ones(len(self.terms), device=view.device)
+        self._factors_of_steps, self._block = torch.empty(0), (0, 0)
         self._batches = [Batch(view, term.needs, term.label) for term in terms]
 
     def values(self) -> dict[str, torch.Tensor]:
@@ -58,9 +61,14 @@ class Objective:
 
     def go_to(self, step: int, iterations: int) -> None:
         """Have `trained_total` weight the terms as their schedules say for this step, counted from 1."""
-        if self._scheduled:  # in place: a step that was recorded reads the same memory
-            factors = [term.schedule.factor(step, iterations) for term in self.terms]
-            self._factors.copy_(torch.tensor(factors))
+        if not self._scheduled:
+            return
+        number, row = divmod(step - 1, STEPS_AT_ONCE)
+        if self._block != (iterations, number):
+            steps = range(number * STEPS_AT_ONCE + 1, min((number + 1) * STEPS_AT_ONCE, iterations) + 1)
+            table = [[term.schedule.factor(each, iterations) for term in self.terms] for each in steps]
+            self._block, self._factors_of_steps = (iterations, number), torch.tensor(table, device=self._device)
+        self._factors.copy_(self._factors_of_steps[row])  # in place: a step that was recorded reads the same memory
 
     def trained_total(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What a step differentiates, `(prompts,)`: the weighted sum of terms under their schedules."""

@@ -163,6 +163,7 @@ def _train(
         probes = _probe(plan, bank, view, reach, measured, measured_before) if plan.config.probe else None
         for own in notes:
             own += measured.notes
+        bank.rest()  # whoever saves it must not wait for the next batch's steps
     return Trained(
         plan=plan,
         requests=requests,
