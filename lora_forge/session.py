@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_forge.comparison import CONTROLS, SEEDS
 from lora_forge.config.run import RunConfig, collect_run_config, read_run_config
 from lora_forge.errors import UsageError
 from lora_forge.plan import Plan, Request, make_plan
@@ -118,7 +119,7 @@ def compare(
     *,
     output_dir: str | Path,
     model: str = "sdxl_base",
-    seeds: int | Sequence[int] = 3,
+    seeds: int | Sequence[int] = SEEDS,
     seconds: float | None = None,
     paraphrases: Sequence[str] | None = None,
     controls: Sequence[str] | None = None,
@@ -135,7 +136,6 @@ def compare(
     """
     from contextlib import nullcontext
 
-    from lora_forge.comparison import CONTROLS
     from lora_forge.comparison.compare import PARAPHRASES, Comparison
     from lora_forge.comparison.compare import compare as carry_out
     from lora_forge.effect.control_prompts import CONTROL_PROMPTS, drawn

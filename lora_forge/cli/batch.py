@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import click
 from lora_forge.cli.answer import json_alone
 from lora_forge.cli.pairs import read_pair
 from lora_forge.cli.registry import open_registry
-from lora_forge.cli.run_options import as_layers, run_options, shared_config
+from lora_forge.cli.run_options import run_options, shared_layers
 from lora_forge.config.run import Choice, collect_run_config
 from lora_forge.errors import ConfigError, printable
 from lora_forge.jobs.reading import FORMATS
@@ -75,14 +74,12 @@ def command(
         if found.ignored:
             names = ", ".join(printable(name) + likely(name) for name in found.ignored)
             click.echo(f"lora-forge: columns that say nothing to it: {names}", err=True)
-        layers: list[Mapping[str, Any]] = (
-            [shared_config(config, _OF_ONE_RUN, "belongs to one run, not to a batch")] if config else []
-        )
+        layers = shared_layers(config, _OF_ONE_RUN, "belongs to one run, not to a batch", given)
 
         from lora_forge.jobs.job import Job
 
         job = Job(
-            layers=(*layers, *as_layers(given)),
+            layers=tuple(layers),
             rows=found.rows,
             output_dir=output_dir,
             batch_size=size,

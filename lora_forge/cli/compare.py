@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from lora_forge.cli.answer import json_alone
 from lora_forge.cli.prompt_file import prompt_file
 from lora_forge.cli.registry import open_registry
-from lora_forge.cli.run_options import as_layers, run_options, shared_config
+from lora_forge.cli.run_options import run_options, shared_layers
 from lora_forge.comparison import CONTROLS, SEEDS
 from lora_forge.config.run import collect_run_config
 from lora_forge.errors import ConfigError, UsageError, printable
@@ -150,15 +150,9 @@ def _asked(
 ) -> Comparison:
     from lora_forge.comparison.compare import PARAPHRASES, Comparison
 
+    layers = shared_layers(config, (*_NOT_SHARED, *_OWN), "is not for a run config of a comparison", given)
     return Comparison(
-        layers=(
-            *(
-                [shared_config(config, (*_NOT_SHARED, *_OWN), "is not for a run config of a comparison")]
-                if config
-                else []
-            ),
-            *as_layers(given),
-        ),
+        layers=tuple(layers),
         objectives=loss,
         prompts=_prompts(prompts, column, limit),
         seeds=tuple(range(seeds)),

@@ -142,9 +142,14 @@ def as_layers(given: dict[str, Any]) -> list[dict[str, Any]]:
     return [names, options]
 
 
-def shared_config(path: Path, but: Collection[str], why: str) -> dict[str, Any]:
-    """A run config file for many runs. Raises UsageError for keys that they do not share, `but`, saying `why`."""
+def shared_layers(path: Path | None, but: Collection[str], why: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The layers of many runs' config: the file's, if there is one, and what is given beside it.
+
+    Raises UsageError for keys of the file that the runs do not share, `but`, saying `why`.
+    """
+    if path is None:
+        return as_layers(given)
     config = read_toml(path)
     if own := [key for key in but if key in config]:
         raise UsageError(f"{path.name}: {', '.join(own)}: {why}")
-    return config
+    return [config, *as_layers(given)]

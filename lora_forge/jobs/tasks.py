@@ -110,7 +110,7 @@ def prepare(rows: Iterable[Row], plans: Plans) -> Prepared:
                 raise LoraForgeError(row.error)
             plan = plans.of(row.overrides, row.prompt, row.prompt_2)
         except LoraForgeError as error:
-            refused.append((row, " ".join(str(error).split())))
+            refused.append((row, reason(error)))
             continue
         seed = plan.config.seed if row.seed is None else row.seed
         id = plan.run_id(Request(row.prompt, row.prompt_2, seed, None))
@@ -162,3 +162,9 @@ def file_names(plan: Plan, stem: str) -> list[str]:
 def requests_of(plan: Plan, folder: Place, entries: Sequence[Entry]) -> list[Request]:
     """A task's prompts as the runner takes them."""
     return [Request(one.prompt, one.prompt_2, one.seed, output_of(plan, folder, one.stem)) for one in entries]
+
+
+def reason(error: Exception) -> str:
+    """Why a row failed, in one line: what was raised on purpose says so itself."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, LoraForgeError) else f"{type(error).__name__}: {text}".rstrip(": ")

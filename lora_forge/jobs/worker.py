@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_forge.errors import LoraForgeError, OutputError, UsageError
-from lora_forge.jobs.tasks import Entry, JobSettings, Plans, Task, requests_of
+from lora_forge.errors import OutputError, UsageError
+from lora_forge.jobs.tasks import Entry, JobSettings, Plans, Task, reason, requests_of
 from lora_forge.output import place_of
 from lora_forge.plugins import Registry, discover
 
@@ -241,12 +241,6 @@ def _measured(result: RunResult, batch_size: int) -> dict[str, Any]:
         line["seconds_per_step"] = None if per_step is None else per_step / batch_size
         line["inert"] = list(result.inert)
     return line
-
-
-def reason(error: Exception) -> str:
-    """Why a row failed, in one line: what was raised on purpose says so itself."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, LoraForgeError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _forget_frames(error: BaseException | None) -> None:
